@@ -1,0 +1,1 @@
+"""Maths of the adapters: how a frozen layer is changed by few trainable numbers."""

@@ -1,0 +1,75 @@
+"""Strict dataclasses from plain mappings: an unknown key names the nearest known one, a wrong type names the value.
+
+Each room keeps its own small frozen dataclass; this module only builds them. jsonargparse checks the types.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_type_hints
+
+from rankwise.errors import RequestError, did_you_mean
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
+    """An instance of the dataclass `cls` from `values`; `where` names the section in messages (`train`, `adapter`).
+
+    Raises: RequestError for a key that `cls` does not have, or a value of the wrong type.
+    """
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise RequestError(f"{where} must be a mapping of settings, not {values!r}")
+    fields = {field.name for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise RequestError(f"unknown setting '{where}.{key}'{did_you_mean(str(key), sorted(fields))}")
+    hints = get_type_hints(cls)
+    checked = {key: checked_value(value, hints[key], f"{where}.{key}") for key, value in values.items()}
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if field.init
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and field.name not in checked
+    ]
+    if missing:
+        raise RequestError(f"missing setting '{where}.{missing[0]}'")
+    return cls(**checked)
+
+
+def checked_value(value: Any, kind: Any, name: str) -> Any:
+    """`value` as type `kind` (`2e-4` that YAML reads as text becomes a float), or RequestError naming `name`."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    try:
+        return parser.parse_object({"value": value}).value
+    except argparse.ArgumentError:
+        raise RequestError(f"{name} must be {_type_name(kind)}, not {value!r}") from None
+
+
+def _type_name(kind: Any) -> str:
+    text = kind.__name__ if isinstance(kind, type) else str(kind)
+    return text.replace("typing.", "").replace("NoneType", "none")
+
+
+def to_dict(instance: Any) -> dict[str, Any]:
+    """A dataclass as plain YAML-able values: tuples become lists."""
+    return {field.name: _plain(getattr(instance, field.name)) for field in dataclasses.fields(instance) if field.init}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,1 @@
+"""From files to masked token ids: formats, chat templates, packing, preview."""

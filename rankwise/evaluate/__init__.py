@@ -1,0 +1,1 @@
+"""Measuring: loss and perplexity, generated answers and their scores."""

@@ -1,0 +1,1 @@
+"""Rank as a living quantity."""

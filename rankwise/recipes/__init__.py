@@ -1,0 +1,1 @@
+"""Assembly: what a command or a notebook calls. Recipes introduce the rooms to each other."""

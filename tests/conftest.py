@@ -1,0 +1,45 @@
+"""Shared fixtures: no network, one thread for each worker, tiny models."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny.tiny_tokenizer()
+
+
+@pytest.fixture(params=sorted(tiny.CAUSAL_LMS))
+def causal_lm(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """One tiny model of each causal family."""
+    return tiny.CAUSAL_LMS[request.param]()
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny.llama()
+
+
+@pytest.fixture
+def model_folder(tmp_path, llama, tokenizer) -> str:
+    """A saved tiny Llama with its tokenizer."""
+    folder = tmp_path / "model"
+    llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,140 @@
+"""Tiny random models of each family, and a byte-level tokenizer with a ChatML template: no network, milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+VOCABULARY = 256 + len(SPECIAL)
+
+
+def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """Every byte is a token; 260 tokens in all. Ends turns with <|im_end|>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token=None, pad_token="<|pad|>", unk_token=None
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+def _seeded(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    model = build().eval()
+    torch.random.set_rng_state(state)
+    return model
+
+
+_DECODER = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512, pad_token_id=259, eos_token_id=258, bos_token_id=256,
+)
+
+
+def llama(tied: bool = False, **more: object) -> PreTrainedModel:
+    config = transformers.LlamaConfig(**{**_DECODER, "tie_word_embeddings": tied, **more})
+    return _seeded(lambda: transformers.LlamaForCausalLM(config))
+
+
+def qwen(tied: bool = False) -> PreTrainedModel:
+    config = transformers.Qwen2Config(**_DECODER, tie_word_embeddings=tied)
+    return _seeded(lambda: transformers.Qwen2ForCausalLM(config))
+
+
+def mistral(window: int = 8) -> PreTrainedModel:
+    config = transformers.MistralConfig(**_DECODER, sliding_window=window, tie_word_embeddings=False)
+    return _seeded(lambda: transformers.MistralForCausalLM(config))
+
+
+def gemma3(window: int = 8) -> PreTrainedModel:
+    config = transformers.Gemma3TextConfig(
+        **_DECODER, head_dim=8, sliding_window=window, layer_types=["sliding_attention", "full_attention"]
+    )
+    return _seeded(lambda: transformers.Gemma3ForCausalLM(config))
+
+
+def gemma2() -> PreTrainedModel:
+    config = transformers.Gemma2Config(**_DECODER, head_dim=8, sliding_window=8, final_logit_softcapping=5.0)
+    return _seeded(lambda: transformers.Gemma2ForCausalLM(config))
+
+
+def cohere() -> PreTrainedModel:
+    config = transformers.CohereConfig(**_DECODER, logit_scale=0.25)
+    return _seeded(lambda: transformers.CohereForCausalLM(config))
+
+
+def gpt2() -> PreTrainedModel:
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512,
+        pad_token_id=259, eos_token_id=258, bos_token_id=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )
+    return _seeded(lambda: transformers.GPT2LMHeadModel(config))
+
+
+def gptj() -> PreTrainedModel:
+    config = transformers.GPTJConfig(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, rotary_dim=4,
+        pad_token_id=259, eos_token_id=258, bos_token_id=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        tie_word_embeddings=False,
+    )
+    return _seeded(lambda: transformers.GPTJForCausalLM(config))
+
+
+def mixtral() -> PreTrainedModel:
+    config = transformers.MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2)
+    return _seeded(lambda: transformers.MixtralForCausalLM(config))
+
+
+_BERT = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=512, pad_token_id=259, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)
+
+
+def bert() -> PreTrainedModel:
+    return _seeded(lambda: transformers.BertModel(transformers.BertConfig(**_BERT)))
+
+
+def bert_classifier(num_labels: int = 3) -> PreTrainedModel:
+    config = transformers.BertConfig(**_BERT, num_labels=num_labels)
+    return _seeded(lambda: transformers.BertForSequenceClassification(config))
+
+
+def t5() -> PreTrainedModel:
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+        pad_token_id=259, eos_token_id=258, decoder_start_token_id=259,
+    )
+    return _seeded(lambda: transformers.T5ForConditionalGeneration(config))
+
+
+def resnet() -> PreTrainedModel:
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    return _seeded(lambda: transformers.ResNetForImageClassification(config))
+
+
+CAUSAL_LMS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": llama, "llama-tied": lambda: llama(tied=True), "qwen": qwen, "mistral": mistral, "gemma2": gemma2,
+    "gemma3": gemma3, "cohere": cohere, "gpt2": gpt2, "gptj": gptj, "mixtral": mixtral,
+}
+
+
+def token_ids(rows: int = 2, length: int = 11, seed: int = 0) -> torch.Tensor:
+    """Random byte tokens, [rows, length]."""
+    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
