@@ -1,0 +1,93 @@
+"""The contract of every adapter layer: a frozen `base` and a trainable change to it.
+
+Legend: o outputs of the layer, n inputs (for a convolution: channels times kernel; for an embedding: the vocabulary),
+r rank. `delta_weight` and `merged_weight` have the layout of `base.weight`, whatever that is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A change of the form scale * B A, as matrices."""
+
+    A: Float[Tensor, "r n"]
+    B: Float[Tensor, "o r"]
+    scale: float
+
+
+class AdapterLayer(nn.Module, ABC):
+    """Wraps `base`, which stays as it is. While `active` is false the layer is its base.
+
+    Adapter parameters are fp32 whatever the base's dtype.
+    """
+
+    base: nn.Module
+    active: bool
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        base.requires_grad_(False)
+        self.base = base
+        self.active = True
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight: transformers ties and inspects weights through this name."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias, if it has one."""
+        return self.base._parameters.get("bias")  # an embedding has no such attribute
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """Rank of the trainable change; 0 where rank means nothing."""
+
+    @property
+    def holds_start(self) -> bool:
+        """Whether a frozen start is subtracted, which doubles the rank of what is saved."""
+        return False
+
+    @abstractmethod
+    def delta_weight(self) -> Float[Tensor, "..."]:
+        """merged_weight - base.weight in fp32, in the layout of `base.weight`."""
+
+    @abstractmethod
+    def resize_(self, rank: int, generator: torch.Generator | None = None) -> float:
+        """Grows (the function stays) or shrinks (the best approximation) to `rank`, in place.
+
+        Returns the relative Frobenius error of the change: 0 for a growth.
+        """
+
+    @abstractmethod
+    def low_rank(self) -> LowRank | None:
+        """The change as scale * B A, or None where it is not of this form."""
+
+    @abstractmethod
+    def to_peft(self) -> dict[str, Tensor]:
+        """Tensors under PEFT's names, relative to the layer (`lora_A.weight`)."""
+
+    @abstractmethod
+    def peft_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes that `from_peft` needs."""
+
+    @abstractmethod
+    def from_peft(self, tensors: dict[str, Tensor]) -> None:
+        """Copies tensors under PEFT's names in. Names and shapes have been checked against `peft_shapes`."""
+
+    def merged_weight(self, dtype: torch.dtype | None = None) -> Float[Tensor, "..."]:
+        """base.weight with the change, computed in fp32 and rounded once to `dtype` (the base's own by default)."""
+        merged = self.weight.detach().float() + self.delta_weight().detach()
+        return merged.to(dtype or self.weight.dtype)

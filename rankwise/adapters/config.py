@@ -1,0 +1,120 @@
+"""The `adapter:` section of a run file, with PEFT's field names (peft.LoraConfig 0.21)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rankwise.errors import RequestError, did_you_mean
+
+ALL_LINEAR = "all-linear"
+STARTS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+"""Names that `init_lora_weights` takes besides true (kaiming), false (random B) and `pissa_niter_N`."""
+BIASES = ("none", "all", "lora_only")
+TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adaptation, W + s B A (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+
+    s is `lora_alpha / r`, with `use_rslora` `lora_alpha / sqrt(r)` (Kalajdzievski 2023, arXiv 2312.03732). Every field
+    but `kind` and `init_scale` is PEFT's, with PEFT's meaning. `target_modules` defaults to every linear layer but
+    the output head: query and value projections alone are the weakest choice.
+
+    `init_scale` multiplies the variance of A at the start. `use_dora` splits magnitude from direction (Liu et al. 2024,
+    arXiv 2402.09353).
+    """
+
+    kind: str = "lora"
+    r: int = 16
+    lora_alpha: int | float = 32
+    target_modules: str | list[str] = ALL_LINEAR
+    exclude_modules: str | list[str] | None = None
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    init_scale: float = 1.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("kind", self.kind, ("lora",))
+        _one_of("bias", self.bias, BIASES)
+        if self.task_type is not None:
+            _one_of("task_type", self.task_type, TASK_TYPES)
+        _positive_rank("r", self.r)
+        _nonzero_alpha("lora_alpha", self.lora_alpha)
+        for pattern, rank in self.rank_pattern.items():
+            _positive_rank(f"rank_pattern['{pattern}']", rank)
+        for pattern, alpha in self.alpha_pattern.items():
+            _nonzero_alpha(f"alpha_pattern['{pattern}']", alpha)
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise RequestError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
+        if not self.init_scale > 0.0:
+            raise RequestError(f"init_scale must be above 0, not {self.init_scale!r}; 1 leaves the start as it is")
+        if not self.target_modules:
+            raise RequestError("target_modules is empty; name layers, give a regular expression, or 'all-linear'")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise RequestError("layers_pattern has no effect without layers_to_transform; set it or drop the pattern")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise RequestError(
+                f"layers_to_transform has no effect with target_modules={self.target_modules!r}; list the layers' "
+                "names, or put the numbers into the expression"
+            )
+        start = start_name(self.init_lora_weights)
+        if self.init_scale != 1.0 and start in {"pissa", "olora"}:
+            raise RequestError(f"init_scale has no effect with init_lora_weights={start!r}, whose A is the base's own")
+
+    def with_(self, **changes: Any) -> LoraConfig:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def start_name(init_lora_weights: bool | str) -> str:
+    """The start that `init_lora_weights` means: `kaiming`, `random`, or a name; `pissa` for `pissa_niter_N`.
+
+    Raises: RequestError for a name that is not known.
+    """
+    if isinstance(init_lora_weights, bool):
+        return "kaiming" if init_lora_weights else "random"
+    name = init_lora_weights.lower()
+    base, _, iterations = name.partition("_niter_")
+    if iterations and base == "pissa":
+        if not (iterations.isdigit() and int(iterations) > 0):
+            raise RequestError(f"init_lora_weights={init_lora_weights!r}: iterations must be a positive whole number")
+        return "pissa"
+    if name not in STARTS:
+        raise RequestError(f"unknown init_lora_weights {init_lora_weights!r}{did_you_mean(name, STARTS)}")
+    return name
+
+
+def start_iterations(init_lora_weights: bool | str) -> int | None:
+    """N of `pissa_niter_N`, else None (a full SVD)."""
+    if isinstance(init_lora_weights, str) and "_niter_" in init_lora_weights:
+        return int(init_lora_weights.rsplit("_", 1)[1])
+    return None
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise RequestError(f"unknown {name} {value!r}{did_you_mean(str(value), known)}")
+
+
+def _positive_rank(name: str, rank: int) -> None:
+    if rank <= 0:
+        raise RequestError(f"{name} must be a positive whole number, not {rank!r}; to leave a layer out, exclude it")
+
+
+def _nonzero_alpha(name: str, alpha: float) -> None:
+    if not alpha > 0:
+        raise RequestError(f"{name} must be above 0, not {alpha!r}: at 0 the adapter can never change anything")
