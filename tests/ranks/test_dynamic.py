@@ -1,0 +1,121 @@
+"""Ranks that move in place: the function, the optimiser's state, the saved folder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rankwise.adapters.config import LoraConfig
+from rankwise.attach.checkpoint import load_adapter, save_adapter
+from rankwise.attach.inject import adapter_parameters, attach, ranks
+from rankwise.errors import RequestError
+from rankwise.ranks.dynamic import set_ranks
+from tests import tiny
+
+Q0, V1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
+
+
+def trained(**options):
+    model = attach(tiny.llama(), LoraConfig(**{"r": 4, "lora_alpha": 8, **options}))
+    optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=0.01, weight_decay=0.1)
+    for seed in range(3):
+        step(model, optimizer, seed)
+    return model, optimizer
+
+
+def step(model, optimizer, seed: int) -> float:
+    ids = tiny.token_ids(seed=seed)
+    loss = model(ids, labels=ids).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tiny.token_ids(seed=9)).logits
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_growth_keeps_the_function_and_training_goes_on(options):
+    model, optimizer = trained(**options)
+    before = logits(model)
+    assert set_ranks(model, {Q0: 9, V1: 5}, optimizer=optimizer) == {Q0: 0.0, V1: 0.0}
+    assert ranks(model)[Q0] == 9 and ranks(model)[V1] == 5
+    assert (logits(model) - before).abs().max() / before.abs().max() < 1e-6
+    parameters = set(adapter_parameters(model).values())
+    assert parameters == {p for group in optimizer.param_groups for p in group["params"]}
+    grown = model.get_submodule(Q0).factors.lora_B
+    step(model, optimizer, 3)
+    assert grown[:, 4:].abs().max() > 0, "the new columns must learn"
+
+
+def test_moments_of_old_entries_are_kept_and_rescaled():
+    model, optimizer = trained()
+    factors = model.get_submodule(Q0).factors
+    old = {name: {k: v.clone() for k, v in optimizer.state[p].items()} for name, p in factors.named_parameters()}
+    set_ranks(model, {Q0: 16}, optimizer=optimizer)
+    A, B = optimizer.state[factors.lora_A], optimizer.state[factors.lora_B]
+    gain = (8 / 16) / (8 / 4)
+    assert torch.equal(A["exp_avg"][:4], old["lora_A"]["exp_avg"]) and not A["exp_avg"][4:].any()
+    assert torch.allclose(B["exp_avg"][:, :4], old["lora_B"]["exp_avg"] * gain)
+    assert torch.allclose(B["exp_avg_sq"][:, :4], old["lora_B"]["exp_avg_sq"] * gain**2)
+    assert not B["exp_avg_sq"][:, 4:].any() and B["step"] == old["lora_B"]["step"]
+
+
+def test_the_gradient_of_a_rescaled_column_follows_the_ratio():
+    """What the rescaled moments rest on."""
+    model, _ = trained()
+    ids = tiny.token_ids(seed=5)
+    factors = model.get_submodule(Q0).factors
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    before = factors.lora_B.grad.clone()
+    set_ranks(model, {Q0: 16})
+    model(ids, labels=ids).loss.backward()
+    assert torch.allclose(factors.lora_B.grad[:, :4], before * (8 / 16) / (8 / 4), atol=1e-7)
+
+
+def test_shrinking_reports_its_error_and_resets_the_moments(caplog):
+    model, optimizer = trained()
+    with caplog.at_level("WARNING"):
+        errors = set_ranks(model, {Q0: 1}, optimizer=optimizer)
+    assert 0 < errors[Q0] < 1
+    assert model.get_submodule(Q0).factors.lora_A not in optimizer.state
+    assert "start afresh" in caplog.text
+    step(model, optimizer, 4)
+
+
+def test_saved_ranks_are_the_new_ones(tmp_path):
+    model, _ = trained(rank_pattern={"q_proj": 6})
+    set_ranks(model, {Q0: 9, V1: 2})
+    save_adapter(model, tmp_path / "a")
+    read = load_adapter(tiny.llama(), tmp_path / "a")
+    assert ranks(read) == ranks(model)
+    assert torch.equal(logits(read), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"model.layers.0.self_attn.q_pro": 4}, "did you mean"),
+        ({Q0: 0}, "positive whole number"),
+        ({Q0: 8, V1: -1}, "positive whole number"),
+        ({Q0: 2.5}, "positive whole number"),
+    ],
+)
+def test_bad_requests_change_nothing(wanted, message):
+    model, optimizer = trained()
+    before, had = logits(model), ranks(model)
+    with pytest.raises(RequestError, match=message):
+        set_ranks(model, wanted, optimizer=optimizer)
+    assert torch.equal(logits(model), before) and ranks(model) == had
+
+
+def test_an_optimiser_with_unknown_state_is_refused():
+    model = attach(tiny.llama(), LoraConfig(r=4))
+    optimizer = torch.optim.Adagrad(adapter_parameters(model).values(), lr=0.01)
+    step(model, optimizer, 0)
+    with pytest.raises(RequestError, match="Adagrad keeps 'sum'"):
+        set_ranks(model, {Q0: 8}, optimizer=optimizer)
