@@ -40,8 +40,16 @@ def _seeded(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
 
 _DECODER = dict(
-    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512, pad_token_id=259, eos_token_id=258, bos_token_id=256,
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    pad_token_id=259,
+    eos_token_id=258,
+    bos_token_id=256,
 )
 
 
@@ -79,16 +87,35 @@ def cohere() -> PreTrainedModel:
 
 def gpt2() -> PreTrainedModel:
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512,
-        pad_token_id=259, eos_token_id=258, bos_token_id=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=512,
+        pad_token_id=259,
+        eos_token_id=258,
+        bos_token_id=256,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
     return _seeded(lambda: transformers.GPT2LMHeadModel(config))
 
 
 def gptj() -> PreTrainedModel:
     config = transformers.GPTJConfig(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, rotary_dim=4,
-        pad_token_id=259, eos_token_id=258, bos_token_id=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=512,
+        rotary_dim=4,
+        pad_token_id=259,
+        eos_token_id=258,
+        bos_token_id=256,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         tie_word_embeddings=False,
     )
     return _seeded(lambda: transformers.GPTJForCausalLM(config))
@@ -100,8 +127,15 @@ def mixtral() -> PreTrainedModel:
 
 
 _BERT = dict(
-    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=512, pad_token_id=259, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+    pad_token_id=259,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
 )
 
 
@@ -116,8 +150,16 @@ def bert_classifier(num_labels: int = 3) -> PreTrainedModel:
 
 def t5() -> PreTrainedModel:
     config = transformers.T5Config(
-        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
-        pad_token_id=259, eos_token_id=258, decoder_start_token_id=259,
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=259,
+        eos_token_id=258,
+        decoder_start_token_id=259,
     )
     return _seeded(lambda: transformers.T5ForConditionalGeneration(config))
 
@@ -130,8 +172,16 @@ def resnet() -> PreTrainedModel:
 
 
 CAUSAL_LMS: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": llama, "llama-tied": lambda: llama(tied=True), "qwen": qwen, "mistral": mistral, "gemma2": gemma2,
-    "gemma3": gemma3, "cohere": cohere, "gpt2": gpt2, "gptj": gptj, "mixtral": mixtral,
+    "llama": llama,
+    "llama-tied": lambda: llama(tied=True),
+    "qwen": qwen,
+    "mistral": mistral,
+    "gemma2": gemma2,
+    "gemma3": gemma3,
+    "cohere": cohere,
+    "gpt2": gpt2,
+    "gptj": gptj,
+    "mixtral": mixtral,
 }
 
 

@@ -1,8 +1,9 @@
 """Ranks that move: grow or shrink adapted layers in place, the optimiser's state with them.
 
-Growth keeps the function: new rows of A are random, new columns of B zero, and old columns of B are rescaled by the ratio
-of the scales (alpha/r changes with r). The gradient of a rescaled column changes by the inverse ratio, so its first
-moment is multiplied with that and its second moment with the square. Old entries keep their moments, new ones have none.
+Growth keeps the function: new rows of A are random, new columns of B zero, and old columns of B are rescaled by the
+ratio of the scales (alpha/r changes with r). The gradient of a rescaled column changes by the inverse ratio, so its
+first moment is multiplied with that and its second moment with the square. Old entries keep their moments, new ones
+have none.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.base import AdapterLayer
+from rankwise.adapters.lora import Factors
 from rankwise.attach.attachment import need_attachment
 from rankwise.attach.inject import adapter_layers
 from rankwise.attach.inject import ranks as current_ranks
@@ -33,8 +35,8 @@ def set_ranks(
 ) -> dict[str, float]:
     """Sets the ranks of the named layers, in place. Returns each layer's relative Frobenius error: 0 for a growth.
 
-    Parameters are replaced, so an optimiser over them must be given. Growth carries its state over; a layer that shrinks
-    starts with fresh moments, and a log message says so.
+    Parameters are replaced, so an optimiser over them must be given. Growth carries its state over; a layer that
+    shrinks starts with fresh moments, and a log message says so.
 
     Raises: RequestError, with nothing changed, for a name without an adapter, a rank below one, or an optimiser whose
         state is not known.
@@ -52,20 +54,24 @@ def set_ranks(
     errors = {name: _resize(layers[name], name, rank, optimizer, generator) for name, rank in changes.items()}
     config = attachment.config
     explicit = {name: rank for name, rank in current_ranks(model).items() if name in ranks}
-    attachment.config = config.with_(rank_pattern={**explicit, **{k: v for k, v in config.rank_pattern.items() if k not in explicit}})
+    attachment.config = config.with_(
+        rank_pattern={**explicit, **{k: v for k, v in config.rank_pattern.items() if k not in explicit}}
+    )
     return {name: errors.get(name, 0.0) for name in ranks}
 
 
 def _resize(
-    layer: AdapterLayer, name: str, rank: int, optimizer: torch.optim.Optimizer | None, generator: torch.Generator | None
+    layer: AdapterLayer,
+    name: str,
+    rank: int,
+    optimizer: torch.optim.Optimizer | None,
+    generator: torch.Generator | None,
 ) -> float:
     factors = layer.get_submodule("factors")
-    old_A, old_B, old_rank, old_scale = factors.lora_A, factors.lora_B, layer.rank, factors.scale
-    assert isinstance(old_A, nn.Parameter) and isinstance(old_B, nn.Parameter)
-    assert isinstance(old_scale, float)
+    assert isinstance(factors, Factors)
+    old_A, old_B, old_rank, old_scale = factors.lora_A, factors.lora_B, factors.rank, factors.scale
     error = layer.resize_(rank, generator)
     new_A, new_B, new_scale = factors.lora_A, factors.lora_B, factors.scale
-    assert isinstance(new_A, nn.Parameter) and isinstance(new_B, nn.Parameter) and isinstance(new_scale, float)
     if optimizer is None:
         return error
     if rank < old_rank and (old_A in optimizer.state or old_B in optimizer.state):
@@ -79,17 +85,22 @@ def _resize(
 def _check_state(optimizer: torch.optim.Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() and key not in MOMENT_POWERS:
+            if (
+                isinstance(value, Tensor)
+                and value.shape == parameter.shape
+                and value.dim()
+                and key not in MOMENT_POWERS
+            ):
                 raise RequestError(
-                    f"{type(optimizer).__name__} keeps '{key}', which can't be resized (known: {', '.join(MOMENT_POWERS)}); "
-                    "use AdamW or SGD, or build the optimiser anew"
+                    f"{type(optimizer).__name__} keeps '{key}', which can't be resized "
+                    f"(known: {', '.join(MOMENT_POWERS)}); use AdamW or SGD, or build the optimiser anew"
                 )
 
 
 def _replace(
     optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, dim: int, gain: float, keep: bool
 ) -> None:
-    """Puts `new` where the optimiser holds `old`; with `keep`, its state grows along `dim` and is multiplied by `gain`."""
+    """Puts `new` where the optimiser holds `old`; with `keep`, its state grows along `dim`, times `gain`."""
     if old is new:
         return
     for group in optimizer.param_groups:

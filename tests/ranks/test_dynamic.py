@@ -37,7 +37,9 @@ def logits(model) -> torch.Tensor:
         return model(tiny.token_ids(seed=9)).logits
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str
+)
 def test_growth_keeps_the_function_and_training_goes_on(options):
     model, optimizer = trained(**options)
     before = logits(model)
