@@ -1,0 +1,94 @@
+"""`rankwise data preview RUN.yaml [key=value ...] [--rows N] [--strict]`: what a run would train on, before it does."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rankwise.cli.arguments import positive
+
+DEFAULT_ROWS = 3
+_SHOWN_PROBLEMS = 50
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("run_file", metavar="RUN.yaml", help="the run file; paths in it are relative to it")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*",
+        help="settings on top of the run file, as in data.max_length=256; paths are relative to the current folder",
+    )  # fmt: skip
+    parser.add_argument("--rows", metavar="N", type=positive, default=DEFAULT_ROWS, help="examples to show")
+    parser.add_argument("--strict", action="store_true", help="warnings fail too (exit code 1)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Reads the data; see `rankwise.data.preview`. Rows that can't be used end in exit code 2, after the document."""
+    from rankwise.recipes.run import read_run
+
+    config = read_run(args.run_file, args.overrides)
+    from rankwise.data.preview import preview
+    from rankwise.models.load import load_tokenizer
+
+    document = preview(config.data, load_tokenizer(config.model), args.rows)
+    problems, warnings = len(document["problems"]), len(document["warnings"])
+    if problems:
+        rows = "1 row" if problems == 1 else f"{problems} rows"
+        document["error"] = {"code": 2, "message": f"{rows} can't be used; correct or remove what `problems` lists"}
+    elif warnings and args.strict:
+        document["error"] = {"code": 1, "message": "; ".join(document["warnings"])}
+    return document
+
+
+def show(result: dict[str, Any]) -> None:
+    """Counts by split, examples with their trained parts marked, then notes, warnings and problems."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)  # long lines stay whole: they are searched and copied
+    console.print(_counts_table(result["splits"]))
+    for name, split in result["splits"].items():
+        console.print(f"{name}: {split['why']}", markup=False)
+    if result["examples"]:
+        marks = "in green" if console.is_terminal else "between ⟦ and ⟧"
+        console.print(f"\nExamples, trained parts {marks}:")
+    for example in result["examples"]:
+        console.print(f"\n{example['file']}:{example['line']}", markup=False, style="dim")
+        console.print(_marked(example["text"], example["trained_spans"], console.is_terminal))
+    for kind in ("notes", "warnings"):
+        for text in result[kind]:
+            console.print(f"{kind[:-1]}: {text}", markup=False)
+    problems = result["problems"]
+    for problem in problems[:_SHOWN_PROBLEMS]:
+        console.print(f"problem: {problem['file']}:{problem['line']}: {problem['reason']}", markup=False)
+    if len(problems) > _SHOWN_PROBLEMS:
+        console.print(f"... and {len(problems) - _SHOWN_PROBLEMS} more problems; --json lists all")
+
+
+def _counts_table(splits: dict[str, dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("")
+    for name in splits:
+        table.add_column(name, justify="right")
+    fields = ("rows", "tokens", "trained_tokens", "truncated", "emptied", "duplicates", "leaks")
+    for field in fields:
+        values = [split.get(field) for split in splits.values()]
+        table.add_row(field.replace("_", " "), *("" if value is None else f"{value:,}" for value in values))
+    for name in ("min", "median", "p95", "max"):
+        values = [split["lengths"].get(name) for split in splits.values()]
+        table.add_row(f"tokens a row, {name}", *("" if value is None else f"{value:,}" for value in values))
+    return table
+
+
+def _marked(text: str, spans: list[list[int]], in_colour: bool) -> Any:
+    from rich.text import Text
+
+    if in_colour:
+        shown = Text(text)
+        for start, end in spans:
+            shown.stylize("green", start, end)
+        return shown
+    for start, end in reversed(spans):
+        text = f"{text[:start]}⟦{text[start:end]}⟧{text[end:]}"
+    return Text(text)

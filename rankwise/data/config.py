@@ -1,0 +1,72 @@
+"""Which rows a run reads, and how they become tokens: the `data:` section of a run file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankwise.data.formats import FORMATS
+from rankwise.errors import RequestError, did_you_mean
+
+AUTO = "auto"
+PLAIN = "plain"
+COMPLETION = "completion"
+TEMPLATE_NAMES = (AUTO, PLAIN, COMPLETION)
+TEMPLATE_SUFFIX = ".jinja"
+LEAST_LENGTH = 2
+"""A label needs a token before it that predicts it."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data files and their treatment.
+
+    Args:
+        train, valid, test: JSONL files: a path, a pattern (`rows-*.jsonl`), or a list of these.
+        format: a name of `FORMATS`, or `auto`: recognised by the rows' keys, file by file.
+        max_length: tokens a row may have; a longer one keeps its beginning.
+        packing: examples of a micro batch lie end to end in one row instead of padded; same losses, less time.
+        chat_template: `auto` (the tokenizer's own, or `plain` when it has none), `plain` ("### User:" and so on),
+            `completion` (the prompt, then its completion, nothing around them), or the path of a `.jinja` file.
+
+    Raises: RequestError for a value out of range, or a setting without effect.
+    """
+
+    train: str | list[str]
+    valid: str | list[str] | None = None
+    test: str | list[str] | None = None
+    format: str = AUTO
+    max_length: int = 512
+    packing: bool = True
+    chat_template: str = AUTO
+
+    def __post_init__(self) -> None:
+        for name in ("train", "valid", "test"):
+            value = getattr(self, name)
+            if value is not None and (not value or not all(paths_of(value))):
+                raise RequestError(f"data.{name} is {value!r}; give the path of a JSONL file, or a list of paths")
+        if self.format not in (AUTO, *FORMATS):
+            raise RequestError(f"data.format can't be '{self.format}'{did_you_mean(self.format, (AUTO, *FORMATS))}")
+        if self.max_length < LEAST_LENGTH:
+            raise RequestError(f"data.max_length must be {LEAST_LENGTH} or more, not {self.max_length}")
+        if self.chat_template not in TEMPLATE_NAMES and not self.has_template_file:
+            raise RequestError(
+                f"data.chat_template can't be '{self.chat_template}'{did_you_mean(self.chat_template, TEMPLATE_NAMES)}"
+                f"; or give the path of a {TEMPLATE_SUFFIX} file"
+            )
+        if self.format == "text" and self.chat_template != AUTO:
+            raise RequestError(text_has_no_template(self.chat_template))
+
+    @property
+    def has_template_file(self) -> bool:
+        """Whether `chat_template` is a path."""
+        return self.chat_template.endswith(TEMPLATE_SUFFIX)
+
+
+def paths_of(value: str | list[str]) -> list[str]:
+    """One path or several, as a list."""
+    return [value] if isinstance(value, str) else list(value)
+
+
+def text_has_no_template(chat_template: str) -> str:
+    """What is wrong with a chat template for rows of plain text."""
+    return f"data.chat_template '{chat_template}' has no effect on rows of format text, trained on whole; use auto"

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rankwise.cli.main import main
+from tests import tiny
+from tests.data.builders import FIXTURES, messages, write_rows
+
+FIELDS = ("rows", "tokens", "trained_tokens", "truncated", "duplicates", "leaks", "problems", "examples")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A folder that holds a tokenizer and nothing else: a preview needs no weights."""
+    folder = tmp_path / "model"
+    tiny.tiny_tokenizer().save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return str(folder)
+
+
+def run_file(folder: Path, model: str, train: object, **data: object) -> str:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({"model": {"name": model}, "data": {"train": train, **data}}))
+    return str(path)
+
+
+def test_document(tmp_path, model, capsys):
+    write_rows(tmp_path / "train.jsonl", [messages("Hi", "Yo"), messages("Hm", "Oh"), messages("Hm", "Oh")])
+    write_rows(tmp_path / "valid.jsonl", [messages("Hi", "Yo")])
+    path = run_file(tmp_path, model, "train.jsonl", valid="valid.jsonl")
+    assert main(["data", "preview", path, "--rows", "1", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [document[field] for field in FIELDS[:6]] == [3, document["tokens"], 9, 0, 1, 1]
+    (example,) = document["examples"]
+    ((start, end),) = example["trained_spans"]
+    assert example["text"][start:end] == "Yo<|im_end|>"
+
+
+def test_strict_makes_warnings_fail(tmp_path, model, capsys):
+    write_rows(tmp_path / "train.jsonl", [messages("Hi", "Yo"), messages("Hi", "Yo")])
+    path = run_file(tmp_path, model, "train.jsonl")
+    assert main(["data", "preview", path]) == 0
+    assert "warning: train: 1 row equal to an earlier row" in capsys.readouterr().out
+    assert main(["data", "preview", path, "--strict", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["error"]["code"] == 1
+    assert captured.err.strip().splitlines()[-1].startswith("rankwise: error: train: 1 row equal")
+
+
+def test_bad_rows_are_listed_and_fail(tmp_path, model, capsys):
+    broken = str(FIXTURES / "broken" / "alpaca.jsonl")
+    path = run_file(tmp_path, model, broken)
+    assert main(["data", "preview", path, "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert [(item["file"], item["line"]) for item in document["problems"]] == [(broken, n) for n in (7, 9, 11, 13, 15)]
+    assert all(field in document for field in FIELDS)
+    assert document["error"]["code"] == 2
+    assert main(["data", "preview", path]) == 2
+    captured = capsys.readouterr()
+    assert "⟦" in captured.out
+    assert captured.out.count("problem: ") == 5
+    assert "5 rows can't be used" in captured.err
+
+
+def test_overrides_and_missing_files(tmp_path, model, capsys):
+    path = run_file(tmp_path, model, "none.jsonl")
+    assert main(["data", "preview", path, "--json"]) == 2
+    assert "does not exist" in json.loads(capsys.readouterr().out)["error"]["message"]
+    good = write_rows(tmp_path / "good.jsonl", [messages("Hi", "Hello")])
+    assert main(["data", "preview", path, f"data.train={good}", "data.max_length=24", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["truncated"] == 1

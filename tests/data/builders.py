@@ -1,0 +1,124 @@
+"""Chat templates in the manner of well-known families, their tokenizers, and small helpers of the data tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from rankwise.data.config import DataConfig
+from rankwise.data.formats import Turn
+from rankwise.data.loader import Example, load_examples
+from tests import tiny
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+LLAMA3 = (
+    "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
+    "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+GENERATION = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GENERATION_WITHOUT_END = GENERATION.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+GENERATION_WITH_HEADER = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% generation %}<|im_start|>assistant\n{{ message['content'] }}<|im_end|>\n{% endgeneration %}"
+    "{% else %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THINKING = (  # an empty thought before the last answer only
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SYSTEM_IN_LAST_USER_TURN = (  # breaks the prefix property in conversations of several turns
+    "{% set last = messages | selectattr('role', 'equalto', 'user') | list | last %}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}[INST] {% if message == last and messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'] }} {% endif %}{{ message['content'] }} [/INST]"
+    "{% elif message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def tokenizer_of(
+    template: str | None, tokens: Sequence[str] = (), bos: str | None = None, eos: str | None = None
+) -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer with more special tokens and another template."""
+    tokenizer = tiny.tiny_tokenizer(template)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens])
+    if bos is not None:
+        tokenizer.bos_token = bos
+    if eos is not None:
+        tokenizer.eos_token = eos
+    return tokenizer
+
+
+def adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer, adding <|endoftext|> in front of every text by itself."""
+    tokenizer.bos_token = "<|endoftext|>"
+    number = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", number)]
+    )
+    return tokenizer
+
+
+def merging_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer in which two line breaks in a row are one token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate([*alphabet, "ĊĊ"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(tiny.SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>")
+    fast.chat_template = template
+    return fast
+
+
+def turns(*contents: str, system: str | None = None) -> tuple[Turn, ...]:
+    """User and assistant by turns, after a system turn if there is one."""
+    first = () if system is None else (Turn("system", system),)
+    return *first, *(Turn(("user", "assistant")[index % 2], content) for index, content in enumerate(contents))
+
+
+def write_rows(path: Path, rows: Sequence[dict]) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def messages(*contents: str, system: str | None = None) -> dict:
+    return {"messages": [{"role": turn.role, "content": turn.content} for turn in turns(*contents, system=system)]}
+
+
+def example_of(folder: Path, tokenizer: PreTrainedTokenizerFast, row: dict, **settings: object) -> Example:
+    """The one example of a file with one row."""
+    path = write_rows(folder / "one.jsonl", [row])
+    return load_examples(path, tokenizer, DataConfig(train=path, **settings)).examples[0]  # type: ignore[arg-type]
+
+
+def marked(example: Example) -> str:
+    """The text with its trained parts between ⟦ and ⟧."""
+    text = example.text
+    for start, end in reversed(example.spans):
+        text = f"{text[:start]}⟦{text[start:end]}⟧{text[end:]}"
+    return text
