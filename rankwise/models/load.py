@@ -1,0 +1,231 @@
+"""Loads a model and its tokenizer: a Hub id, a local folder, or one of the embedded models, onto one device.
+
+Weights come from safetensors only; a model's own Python code runs only when the run file asks for it. Nothing is frozen
+here: attaching an adapter does that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from rankwise.errors import RequestError, did_you_mean
+from rankwise.models.config import ModelConfig
+from rankwise.models.embedded import EMBEDDED, embedded_source
+from rankwise.models.quiet import quietly
+
+TASKS: dict[str, Any] = {
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+    "token-classification": transformers.AutoModelForTokenClassification,
+    "encoder": transformers.AutoModel,
+}
+_NEW_HEADS = {
+    "sequence-classification": ("classifier.", "score.", "classification_head.", "pooler.", "pre_classifier."),
+    "token-classification": ("classifier.", "score."),
+    "encoder": ("pooler.",),
+}
+"""Weights that a checkpoint may lack for a task: heads that the task trains anew, or that encoding does not read."""
+
+_PAD_LIKE = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json",
+)  # fmt: skip
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `cpu`, `cuda`, `cuda:1`, `mps` or `auto` (CUDA, else MPS, else the CPU) names.
+
+    Raises: RequestError when there is no such kind of device, or it is not in this machine.
+    """
+    there = _devices()
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda:0", "mps", "cpu") if kind in there))
+    match = re.fullmatch(r"(cpu|cuda|mps)(?::(\d+))?", name)
+    if match is None:
+        raise RequestError(f"model.device '{name}' is not a device{did_you_mean(name, ['auto', 'cpu', 'cuda', 'mps'])}")
+    kind, index = match.groups()
+    full = f"cuda:{index or 0}" if kind == "cuda" else kind
+    if full not in there or (kind != "cuda" and int(index or 0) != 0):
+        raise RequestError(f"model.device '{name}' is not available; this machine has {', '.join(there)}")
+    return torch.device(full)
+
+
+def _devices() -> list[str]:
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def resolve(name: str) -> str:
+    """A local model folder, or a Hub id, for what the run file calls `model.name`.
+
+    Raises: RequestError for a folder that is missing or is not a model, and a name that can be neither.
+    """
+    if name in EMBEDDED:
+        return embedded_source(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            is_adapter = (folder / "adapter_config.json").is_file()
+            kind = "an adapter, give the base model instead" if is_adapter else "no model: it has no config.json"
+            raise RequestError(f"model.name '{name}' is a folder with {kind}")
+        return str(folder)
+    if folder.is_file():
+        raise RequestError(f"model.name '{name}' is a file; give the folder that holds config.json and the weights")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise RequestError(f"model.name '{name}': there is no such folder")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise RequestError(f"model.name '{name}' is neither a folder nor a Hub id (owner/name)")
+    return name
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the right, with a pad token from its own vocabulary.
+
+    Raises: RequestError when there is none, or none of its tokens can serve as padding.
+    """
+    source = resolve(config.name)
+    if Path(source).is_dir() and not any((Path(source) / file).is_file() for file in _TOKENIZER_FILES):
+        raise RequestError(
+            f"model '{config.name}' has no tokenizer in its folder; copy tokenizer.json from the original model"
+        )
+    with quietly(), _explained(config):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        vocabulary = tokenizer.get_vocab()
+        pad = next((token for token in (*_PAD_LIKE, tokenizer.eos_token) if token in vocabulary), None)
+        if pad is None:
+            raise RequestError(
+                f"the tokenizer of '{config.name}' has neither a pad nor an end token; set pad_token in its files"
+            )
+        tokenizer.pad_token = pad
+    return tokenizer
+
+
+def load_model(config: ModelConfig, dtype: torch.dtype, task: str = "causal-lm") -> PreTrainedModel:
+    """The model in evaluation mode, its weights in `dtype`, on the configured device.
+
+    Raises: RequestError for an unknown task or device, a model that cannot be found or has no such head, weights that
+    are not safetensors, lack parts or are damaged, and a model that needs its own code without permission.
+    """
+    if task not in TASKS:
+        raise RequestError(f"task '{task}' is unknown{did_you_mean(task, TASKS)}")
+    device = choose_device(config.device)
+    source = resolve(config.name)
+    if Path(source).is_dir():
+        _check_weights(config.name, Path(source))
+    with quietly(), _explained(config):
+        model, info = TASKS[task].from_pretrained(
+            source,
+            dtype=dtype,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, with the name and the shapes
+            output_loading_info=True,
+        )
+    _check_loaded(config.name, task, model, info)
+    return model.to(device).eval()
+
+
+def _check_loaded(name: str, task: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    if (
+        task == "causal-lm"
+        and model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not model.config.is_decoder
+    ):
+        raise RequestError(
+            f"model '{name}' ({model.config.model_type}) is an encoder: its positions see the tokens after them, "
+            "so it cannot be trained to predict the next one; choose a causal model"
+        )
+    for key, stored, wanted in sorted(info["mismatched_keys"]):
+        raise RequestError(
+            f"model '{name}': weight {key} has shape {tuple(stored)} in its file and {tuple(wanted)} by its config.json"
+        )
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(_NEW_HEADS.get(task, ())))
+    if missing:
+        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise RequestError(
+            f"model '{name}' has no weights for {listed}; its files are incomplete, or it is not a {task}"
+        )
+
+
+def _check_weights(name: str, folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickles:
+        raise RequestError(
+            f"model '{name}' has only pickled weights ({pickles[0]}), which can run code when loaded; "
+            "convert them to safetensors, or use the model's safetensors revision"
+        )
+    raise RequestError(f"model '{name}' has a config.json but no *.safetensors weights in its folder")
+
+
+@contextlib.contextmanager
+def _explained(config: ModelConfig) -> Iterator[None]:
+    """Turns what transformers and the Hub raise while loading into one line with a remedy."""
+    name = config.name
+    try:
+        yield
+    except SafetensorError as error:
+        raise RequestError(
+            f"the weights of model '{name}' are damaged ({error}); download or copy them again"
+        ) from error
+    except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
+        raise RequestError(_explanation(config, error)) from error
+
+
+def _explanation(config: ModelConfig, error: Exception) -> str:
+    name, text = config.name, str(error)
+    chain = list(_causes(error))
+    if "trust_remote_code" in text:
+        return f"model '{name}' brings its own Python code; if you trust its author, set model.trust_remote_code=true"
+    if any(isinstance(cause, GatedRepoError) for cause in chain):
+        return f"model '{name}' is gated: accept its terms on the Hub and log in (`hf auth login`)"
+    if any(isinstance(cause, RevisionNotFoundError) for cause in chain):
+        return f"model '{name}' has no revision '{config.revision}' (model.revision)"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in chain):
+        return f"model '{name}' is neither a folder here nor a model on the Hub; check the spelling of model.name"
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        version = transformers.__version__
+        return f"model '{name}' is of a type that transformers {version} does not know; upgrade transformers"
+    if "Unrecognized configuration class" in text:
+        found = re.search(r"(\w+)Config'> for this kind of AutoModel: (\w+)", text)
+        kind, wanted = found.groups() if found else ("unknown", "model")
+        return f"model '{name}' is of type {kind}, which cannot be used as {wanted}; choose another model or task"
+    if "safetensors" in text and "does not appear to have" in text:
+        return f"model '{name}' has no safetensors weights; use a revision that has (pickled weights are refused)"
+    if isinstance(error, ImportError):
+        return f"model '{name}' needs a package that is not installed: {text.strip().splitlines()[0]}"
+    if Path(name).expanduser().is_dir():
+        return f"model folder '{name}' cannot be loaded: {text.strip().splitlines()[0]}"
+    if isinstance(error, OSError) or any(isinstance(cause, HfHubHTTPError) for cause in chain):
+        return (
+            f"model '{name}' is neither a folder here nor in the local Hub cache, and the Hub cannot be reached; "
+            f"fetch it once while online (`hf download {name}`), or give a folder"
+        )
+    return f"model '{name}' cannot be loaded: {text.strip().splitlines()[0]}"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
