@@ -1,0 +1,36 @@
+"""`rankwise train RUN.yaml [key=value ...] [--resume]`: one run, into its output folder."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("run_file", metavar="RUN.yaml", help="the run file; paths in it are relative to it")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*",
+        help="settings on top of the run file, as in train.lr=1e-3; paths are relative to the current folder",
+    )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="go on from the output folder's last checkpoint")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains; see `recipes.finetune`."""
+    from rankwise.recipes.run import read_run
+
+    config = read_run(args.run_file, args.overrides)
+    from rankwise.recipes.finetune import train
+
+    return train(config, resume=args.resume)
+
+
+def show(result: dict[str, Any]) -> None:
+    """The run in a few lines."""
+    resumed = f" (resumed after step {result['resumed_from']})" if result["resumed_from"] is not None else ""
+    print(f"trained {result['trainable_parameters']:,} parameters for {result['steps']} steps{resumed}")
+    valid = result["best_valid_loss"]
+    print(f"loss {result['final_loss']:.4f}" + (f", best validation loss {valid:.4f}" if valid is not None else ""))
+    print(f"{result['tokens_per_s']:,.0f} tokens/s, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB")
+    print(f"output: {result['output']} (adapter/, metrics.jsonl, summary.json)")

@@ -1,0 +1,93 @@
+"""The data of a fine-tuning run: read, encoded, and checked against the objective and the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise.data.loader import Loaded, load_examples
+from rankwise.data.rows import BadRows
+from rankwise.data.templates import stop_token_ids
+from rankwise.errors import RequestError
+from rankwise.models.load import load_tokenizer
+from rankwise.recipes.run import TEXT_FORMAT, RunConfig
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Training and validation examples, with the tokenizer that made them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Loaded
+    valid: Loaded | None
+    stop_ids: tuple[int, ...]
+    """Tokens that end an answer in the way that the data was written."""
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills padded rows up."""
+        pad_id = self.tokenizer.pad_token_id
+        assert isinstance(pad_id, int), "load_tokenizer gives every tokenizer a pad token"
+        return pad_id
+
+    @property
+    def tokens_per_epoch(self) -> tuple[int, int]:
+        """Tokens of the training set: all, and those that are trained on."""
+        examples = self.train.examples
+        return sum(len(e.input_ids) for e in examples), sum(e.num_trained for e in examples)
+
+    def check_fits(self, model: PreTrainedModel) -> None:
+        """Raises: RequestError when a row has more tokens than the model has positions, or a token unknown to it."""
+        config = model.config.get_text_config()
+        examples = [*self.train.examples, *(self.valid.examples if self.valid else ())]
+        longest = max(len(example.input_ids) for example in examples)
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and longest > positions:
+            raise RequestError(
+                f"a row has {longest} tokens, the model {positions} positions; set data.max_length={positions}"
+            )
+        highest = max(max(example.input_ids) for example in examples)
+        if highest >= config.vocab_size:
+            raise RequestError(
+                f"the tokenizer gives token {highest}, the model's vocabulary ends at {config.vocab_size - 1}; "
+                "this tokenizer is not the model's"
+            )
+
+
+def load_data(run: RunConfig) -> RunData:
+    """Reads `data.train` and `data.valid`.
+
+    Raises: BadRows with the problems of both; RequestError for files that can't be read, or rows that do not go with
+        the objective.
+    """
+    tokenizer = load_tokenizer(run.model)
+    files = {"train": run.data.train, "valid": run.data.valid}
+    loaded: dict[str, Loaded] = {}
+    problems = []
+    for split, paths in files.items():
+        if paths is None:
+            continue
+        try:
+            loaded[split] = load_examples(paths, tokenizer, run.data)
+        except BadRows as bad:
+            problems += bad.problems
+    if problems:
+        raise BadRows(problems)
+    for split, found in loaded.items():
+        _check_objective(run.train.objective, split, found)
+    return RunData(tokenizer, loaded["train"], loaded.get("valid"), stop_token_ids(tokenizer, run.data))
+
+
+def _check_objective(objective: str, split: str, loaded: Loaded) -> None:
+    formats = loaded.format.split(", ")
+    if objective == "sft" and TEXT_FORMAT in formats:
+        raise RequestError(
+            f"train.objective: sft trains on answers, data.{split} holds whole texts ({loaded.why}); "
+            "use train.objective=text"
+        )
+    if objective == "text" and formats != [TEXT_FORMAT]:
+        raise RequestError(
+            f"train.objective: text trains on whole texts, data.{split} holds answers ({loaded.why}); "
+            "use train.objective=sft"
+        )

@@ -1,0 +1,116 @@
+"""What happens between the steps of a fine-tuning run: evaluation with samples, logging, saving, stopping."""
+
+from __future__ import annotations
+
+from rankwise.evaluate.generate import generate_answers
+from rankwise.evaluate.perplexity import measure_loss
+from rankwise.recipes.finetune_job import Job
+from rankwise.recipes.output import RunFolder
+from rankwise.train.config import DEFAULT_SAMPLES, Every
+from rankwise.train.interrupt import Interrupted, StopRequest
+from rankwise.train.log import ProgressBar, Say, peak_memory_bytes
+from rankwise.train.loop import Hook, Step
+from rankwise.train.rng import untouched
+from rankwise.train.state import save_checkpoint
+
+
+class _Period:
+    """When something happens: at each multiple of a period, and at the end, unless the setting says never."""
+
+    def __init__(self, job: Job, setting: str) -> None:
+        train = job.run.train
+        self._every = Every.parse(getattr(train, setting), f"train.{setting}", job.plan.num_steps)
+        self._batch_size, self._num_rows = train.batch_size, len(job.data.train.examples)
+
+    def due(self, step: Step) -> bool:
+        """Whether it happens after this step."""
+        if self._every.is_never:
+            return False
+        return step.is_last or self._every.due(step.number, self._batch_size, self._num_rows)
+
+
+def evaluation_hook(job: Job, folder: RunFolder, say: Say) -> Hook:
+    """Measures the loss on `data.valid` (as `valid_loss`), and generates samples. Training does not notice."""
+    period = _Period(job, "evaluate_every")
+    model, data, train, progress = job.model, job.data, job.run.train, job.progress
+
+    def evaluate(step: Step) -> None:
+        if data.valid is None or not period.due(step):
+            return
+        with untouched(model, model.device):
+            found = measure_loss(model, data.valid.examples, data.pad_id, train.micro_rows, job.run.data.packing)
+            step.metrics["valid_loss"] = found.loss
+            if progress.best_valid_loss is None or found.loss < progress.best_valid_loss:
+                progress.best_valid_loss = found.loss
+            say(f"step {step.number}: validation loss {found.loss:.4f} (best {progress.best_valid_loss:.4f})")
+            _generate_samples(job, folder, step.number)
+
+    return evaluate
+
+
+def _generate_samples(job: Job, folder: RunFolder, step: int) -> None:
+    data, train = job.data, job.run.train
+    assert data.valid is not None
+    num_samples = DEFAULT_SAMPLES if train.samples is None else train.samples
+    # rows of plain text ask nothing
+    asked = [example for example in data.valid.examples if example.prompt_ids][:num_samples]
+    if not asked:
+        return
+    answers = generate_answers(
+        job.model, data.tokenizer, [example.prompt_ids for example in asked], train.sample_tokens,
+        batch_size=train.micro_rows, stop_ids=data.stop_ids,
+    )  # fmt: skip
+    for example, answer in zip(asked, answers, strict=True):
+        folder.samples.append(
+            {"step": step, "prompt": example.prompt_text, "answer": answer, "reference": example.answer}
+        )
+
+
+def logging_hook(job: Job, folder: RunFolder, bar: ProgressBar) -> Hook:
+    """Moves the bar at each step; writes a line of metrics when one is due, after an evaluation, and at the end.
+
+    `loss` and `tokens_per_s` are means since the line before, by tokens; `lr` and `grad_norm` are of the step itself.
+    """
+    period = _Period(job, "log_every")
+    progress, device = job.progress, job.model.device
+
+    def log(step: Step) -> None:
+        memory_bytes = peak_memory_bytes(device)
+        bar.update(step.number, step.loss, progress.num_tokens / progress.train_s, memory_bytes)
+        if not (period.due(step) or step.is_last or step.metrics):
+            return
+        progress.loss = progress.interval_loss / progress.interval_trained
+        folder.metrics.append(
+            {
+                "step": step.number,
+                "loss": progress.loss,
+                "lr": step.lr,
+                "grad_norm": step.grad_norm,
+                "tokens_per_s": progress.interval_tokens / progress.interval_s,
+                "peak_memory_bytes": memory_bytes,
+                **step.metrics,
+            }
+        )
+        progress.interval_loss, progress.interval_s = 0.0, 0.0
+        progress.interval_trained = progress.interval_tokens = 0
+
+    return log
+
+
+def saving_hook(job: Job, folder: RunFolder, stop: StopRequest, go_on: str) -> Hook:
+    """Saves a checkpoint when one is due, and when the run was asked to stop, which it then does.
+
+    `go_on` is the command that resumes the run.
+    """
+    period = _Period(job, "save_every")
+    keep = job.run.train.keep_checkpoints
+
+    def save(step: Step) -> None:
+        # read once: a request that comes while saving waits for the next step's end
+        stopping = stop.asked and not step.is_last
+        if stopping or period.due(step):
+            save_checkpoint(folder.path, job.model, job.optimizer, job.progress, job.settings, keep)
+        if stopping:
+            raise Interrupted(f"stopped after step {step.number} of {step.num_steps}, saved; go on with: {go_on}")
+
+    return save

@@ -1,0 +1,155 @@
+"""A fine-tuning run that is ready to start: everything read, loaded and checked, nothing written yet."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from rankwise.attach.checkpoint import load_adapter, read_config
+from rankwise.attach.inject import adapter_parameters, attach
+from rankwise.errors import RequestError
+from rankwise.models.load import choose_device, load_model
+from rankwise.recipes.finetune_data import RunData, load_data
+from rankwise.recipes.finetune_report import describe_run
+from rankwise.recipes.provenance import data_hashes, provenance
+from rankwise.recipes.resume import check_length, check_settings, run_precision, training_settings
+from rankwise.recipes.run import RunConfig, StartFrom
+from rankwise.train.batches import MicroBatches, RowOrder
+from rankwise.train.config import AUTO
+from rankwise.train.log import Say
+from rankwise.train.loop import LoopPlan, Objective, Progress
+from rankwise.train.objectives import OBJECTIVES
+from rankwise.train.optim import learning_rate, make_optimizer
+from rankwise.train.precision import Precision
+from rankwise.train.recompute import enable_gradient_checkpointing
+from rankwise.train.rng import seed_everything, untouched
+from rankwise.train.state import Checkpoint, restore
+
+TASK_TYPE = "CAUSAL_LM"
+
+
+@dataclass
+class Job:
+    """All parts of a run, introduced to each other."""
+
+    run: RunConfig
+    """Resolved: the precision and the device are those that are used."""
+    model: PreTrainedModel
+    data: RunData
+    batches: MicroBatches
+    objective: Objective
+    plan: LoopPlan
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+    checkpoint: Checkpoint | None
+
+    @property
+    def resumed_from(self) -> int | None:
+        """The step that it goes on after."""
+        return self.checkpoint.step if self.checkpoint is not None else None
+
+
+def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
+    """Reads the data, loads and attaches the model, and checks that a batch goes through. Writes nothing.
+
+    Raises: RequestError for anything wrong with the request; with a checkpoint, also when its settings differ.
+    """
+    device = choose_device(run.model.device)
+    data = load_data(run)
+    num_rows = len(data.train.examples)
+    hashes = data_hashes(run.data)
+    precision = run_precision(_least_precision(run), device, checkpoint)
+    run = dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, device=str(device)),
+        train=dataclasses.replace(run.train, precision=precision.name),
+    )
+    settings = training_settings(run, hashes)
+    if checkpoint is not None:
+        check_settings(checkpoint, settings, say)
+        check_length(checkpoint, run.train, num_rows)
+    plan = _plan(run, num_rows)
+    model = _attached_model(run, precision, data)
+    order = RowOrder(num_rows, run.train.batch_size, run.train.num_rows(num_rows), run.train.seed)
+    batches = MicroBatches(
+        data.train.examples, order, run.train.micro_rows, data.pad_id, run.data.packing, model.device
+    )
+    parameters = adapter_parameters(model)
+    optimizer = make_optimizer(parameters, run.train.lr, run.train.betas, run.train.weight_decay)
+    objective = OBJECTIVES[run.train.objective]
+    start = Path(run.adapter.folder) if isinstance(run.adapter, StartFrom) else None
+    job = Job(
+        run, model, data, batches, objective, plan, optimizer, Progress(), settings,
+        provenance(model, hashes, start, checkpoint.step if checkpoint else None), checkpoint,
+    )  # fmt: skip
+    _rehearse(job)
+    seed_everything(run.train.seed)
+    if checkpoint is not None:
+        restore(checkpoint, model, optimizer)
+        job.progress = copy.deepcopy(checkpoint.progress)
+    for line in describe_run(run, precision, model, data, plan):
+        say(line)
+    return job
+
+
+def _least_precision(run: RunConfig) -> str:
+    """`train.precision`, or fp32 for `auto` where weights of the base are trained: Adam's steps vanish in bf16 weights.
+
+    Raises: RequestError when bf16 was asked for with such an adapter.
+    """
+    config = read_config(run.adapter.folder) if isinstance(run.adapter, StartFrom) else run.adapter
+    named = {"modules_to_save": config.modules_to_save, "bias": None if config.bias == "none" else config.bias}
+    trained = [f"adapter.{name} ({value})" for name, value in named.items() if value]
+    if not trained or run.train.precision == "fp32":
+        return run.train.precision
+    if run.train.precision == AUTO:
+        return "fp32"
+    raise RequestError(
+        f"{trained[0]} trains weights of the base, which need fp32: small steps are lost in {run.train.precision}; "
+        "set train.precision=fp32"
+    )
+
+
+def _plan(run: RunConfig, num_rows: int) -> LoopPlan:
+    train = run.train
+    num_steps = train.num_steps(num_rows)
+    warmup = train.warmup_steps(num_steps)
+
+    def rate(step: int) -> float:
+        return learning_rate(step, num_steps, train.lr, train.schedule, warmup, train.lr_floor)
+
+    return LoopPlan(num_steps, rate, train.max_grad_norm)
+
+
+def _attached_model(run: RunConfig, precision: Precision, data: RunData) -> PreTrainedModel:
+    model = load_model(run.model, precision.dtype)
+    data.check_fits(model)
+    seed_everything(run.train.seed)
+    if isinstance(run.adapter, StartFrom):
+        load_adapter(model, run.adapter.folder, trainable=True)
+    else:
+        named = run.adapter.base_model_name_or_path or run.model.name
+        task_type = run.adapter.task_type or TASK_TYPE
+        attach(model, run.adapter.with_(base_model_name_or_path=named, task_type=task_type))
+    if run.train.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return model
+
+
+def _rehearse(job: Job) -> None:
+    """One forward without gradients: what can't work (packing, a row too long) shows before anything is written.
+
+    The numeric checks that the loss and the packing make of a model are done here too, once, outside of the run.
+    """
+    batch = job.batches(1)[0]
+    if job.objective.count(batch):
+        with untouched(job.model, job.model.device):
+            job.objective.losses(job.model, batch)

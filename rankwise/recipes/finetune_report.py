@@ -1,0 +1,74 @@
+"""What a run says before it trains: the model, what of it is trained, the data, the plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from transformers import PreTrainedModel
+
+from rankwise.attach.attachment import need_attachment
+from rankwise.attach.inject import describe, ranks
+from rankwise.recipes.finetune_data import RunData
+from rankwise.recipes.run import RunConfig, StartFrom
+from rankwise.train.loop import LoopPlan
+from rankwise.train.precision import Precision
+
+LEFT_OUT_WORTH_SAYING = 0.01
+
+
+def describe_run(
+    run: RunConfig, precision: Precision, model: PreTrainedModel, data: RunData, plan: LoopPlan
+) -> list[str]:
+    """Lines for people, one subject each."""
+    return [
+        f"model     {run.model.name} ({type(model).__name__}) on {model.device}, {precision.name}: {precision.why}",
+        *_adapter_lines(run, model),
+        *_data_lines(data),
+        *_training_lines(run, data, plan),
+    ]
+
+
+def _adapter_lines(run: RunConfig, model: PreTrainedModel) -> list[str]:
+    found = describe(model)
+    counts = Counter(ranks(model).values())
+    rank_text = ", ".join(
+        f"rank {rank}" + (f" ({count} layers)" if len(counts) > 1 else "") for rank, count in sorted(counts.items())
+    )
+    where = ""
+    if isinstance(run.adapter, StartFrom):
+        where = f", from '{run.adapter.folder}' (made for {need_attachment(model).config.base_model_name_or_path})"
+    lines = [
+        f"adapter   {found['layers']} layers, {rank_text}: {found['parameters']:,} trainable parameters, "
+        f"{found['share_of_model']:.2%} of all{where}"
+    ]
+    if found["share_left_out"] > LEFT_OUT_WORTH_SAYING:
+        names = ", ".join(found["largest_left_out"])
+        lines.append(f"          left out: {found['share_left_out']:.0%} of the layers' weights ({names})")
+    return lines
+
+
+def _data_lines(data: RunData) -> list[str]:
+    tokens, trained = data.tokens_per_epoch
+    loaded = data.train
+    lines = [
+        f"data      {len(loaded.examples):,} rows ({loaded.format}), {tokens:,} tokens an epoch, "
+        f"{trained:,} ({trained / tokens:.0%}) trained on"
+    ]
+    for split, part in (("train", loaded), ("valid", data.valid)):
+        if part is not None:
+            lines += [f"          {split}: {text}" for text in (*part.notes, *part.warnings)]
+    return lines
+
+
+def _training_lines(run: RunConfig, data: RunData, plan: LoopPlan) -> list[str]:
+    train, num_rows = run.train, len(data.train.examples)
+    warmup = train.warmup_steps(plan.num_steps)
+    lines = [
+        f"training  {train.objective}, {plan.num_steps} steps of {train.batch_size} rows "
+        f"({train.micro_rows} at a time{', packed' if run.data.packing else ''}), "
+        f"{train.num_rows(num_rows) / num_rows:,.2f} epochs; learning rate {train.lr:g}, {train.schedule}"
+        + (f", {warmup} steps of warm-up" if warmup else "")
+    ]
+    if train.batch_size > num_rows:
+        lines.append(f"          a step of {train.batch_size} rows takes some of the {num_rows} rows more than once")
+    return lines

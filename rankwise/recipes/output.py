@@ -1,0 +1,104 @@
+"""The output folder of a run: who may write into it, and what is in it.
+
+adapter/            PEFT's format, the run's result
+run.yaml            the run as it was resolved, enough to repeat it
+metrics.jsonl       one line for each logged step
+samples.jsonl       answers generated while training
+summary.json        the run in a few figures
+provenance.json     versions, commit, hashes of data, base and adapter
+checkpoints/step-N/ what `--resume` goes on from
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from rankwise.errors import RequestError
+from rankwise.files import write_json, write_text
+from rankwise.train.log import JsonLines
+from rankwise.train.state import ADAPTER, CHECKPOINTS
+
+RUN_FILE = "run.yaml"
+LOCK_FILE = ".lock"
+
+
+class RunFolder:
+    """Names of what is in an output folder. Making one touches nothing.
+
+    Args:
+        path: the folder, absolute.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter = path / ADAPTER
+        self.checkpoints = path / CHECKPOINTS
+        self.metrics = JsonLines(path / "metrics.jsonl")
+        self.samples = JsonLines(path / "samples.jsonl")
+        self.run_file = path / RUN_FILE
+        self.summary = path / "summary.json"
+
+    def check(self, resume: bool) -> None:
+        """Raises: RequestError when the folder exists and this is no resume, or it is not a run's folder."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise RequestError(f"output '{self.path}' is a file; choose another folder")
+        if not resume:
+            raise RequestError(
+                f"output '{self.path}' exists; choose another output, or go on with what is there by --resume"
+            )
+        entries = [entry.name for entry in self.path.iterdir()]
+        if entries and RUN_FILE not in entries:
+            raise RequestError(f"output '{self.path}' has no {RUN_FILE}: it is not a run's folder; choose another")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a run has ended here."""
+        return self.summary.exists()
+
+    def create(self) -> None:
+        """Makes the folder. Raises: RequestError when it can't be made, or another run was quicker."""
+        try:
+            self.path.mkdir(parents=True)
+        except FileExistsError:
+            raise RequestError(f"output '{self.path}' exists; choose another output, or --resume") from None
+        except OSError as error:
+            raise RequestError(f"output '{self.path}' can't be made: {error.strerror}; choose another") from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process. Raises: RequestError when a live run holds it."""
+        lock = FileLock(self.path / LOCK_FILE)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RequestError(
+                f"output '{self.path}' is in use by a run that is still going; wait for it, or choose another output"
+            ) from None
+        except OSError as error:
+            raise RequestError(f"output '{self.path}' can't be written: {error.strerror}; choose another") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def begin(self, step: int, run_yaml: str) -> None:
+        """Makes the folder's files those of a run that stands at `step`: what a lost part of it wrote is dropped."""
+        if self.metrics.path.exists() or step:
+            self.metrics.drop_after(step)
+        if self.samples.path.exists():
+            self.samples.drop_after(step)
+        write_text(self.run_file, run_yaml)
+
+    def write_summary(self, summary: dict[str, object]) -> None:
+        """Writes summary.json."""
+        write_json(self.summary, summary)
+
+    def write_provenance(self, provenance: dict[str, object]) -> None:
+        """Writes provenance.json."""
+        write_json(self.path / "provenance.json", provenance)

@@ -1,0 +1,96 @@
+"""Where a result comes from: versions, commit, and hashes of the data, the base model and the adapter."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import rankwise
+from rankwise.data.config import DataConfig
+from rankwise.data.rows import expand
+from rankwise.files import sha256_bytes, sha256_file
+
+GIT_TIMEOUT_S = 10
+
+
+def data_hashes(config: DataConfig) -> dict[str, dict[str, str]]:
+    """SHA-256 of every file, by split (`train`, `valid`) and path. The `test` files are not read in training."""
+    splits = {"train": config.train, "valid": config.valid}
+    return {
+        name: {path: sha256_file(path) for path in expand(value)} for name, value in splits.items() if value is not None
+    }
+
+
+def joined_hash(hashes: dict[str, str]) -> str:
+    """One hash for the contents of several files, in their order; their names do not count."""
+    return sha256_bytes("".join(hashes.values()).encode())
+
+
+def model_hashes(model: PreTrainedModel) -> dict[str, Any]:
+    """The base: name, revision where it came from the Hub, else hashes and sizes of its config and weight files."""
+    name = model.name_or_path or type(model).__name__
+    folder = Path(name)
+    record: dict[str, Any] = {"name": name, "commit": getattr(model.config, "_commit_hash", None)}
+    if folder.is_dir():
+        files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+        record["files"] = {
+            file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files if file.is_file()
+        }
+    return record
+
+
+def adapter_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of an adapter folder."""
+    return {file.name: sha256_file(file) for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+def versions() -> dict[str, str]:
+    """Of what computes: Python, torch, transformers, rankwise."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rankwise": rankwise.__version__,
+    }
+
+
+def source_commit() -> str | None:
+    """The git commit of rankwise's own source, with `-dirty` where it was changed; None where it is not a checkout."""
+    package = Path(rankwise.__file__).parent
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    commit = _git(package, "rev-parse", "HEAD")
+    changed = _git(package, "status", "--porcelain", "--", ".")
+    return f"{commit}-dirty" if commit and changed else commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):  # no git here, or it hangs: then there is no commit to name
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def provenance(
+    model: PreTrainedModel, data: dict[str, dict[str, str]], start: Path | None, resumed_from: int | None
+) -> dict[str, Any]:
+    """The record of a run at its start; `start` is the adapter that it begins with. Its end fills `adapter` in."""
+    return {
+        "versions": versions(),
+        "commit": source_commit(),
+        "device": str(model.device),
+        "data": data,
+        "base": model_hashes(model),
+        "start": None if start is None else {"folder": str(start), "files": adapter_hashes(start)},
+        "resumed_from": resumed_from,
+        "adapter": None,
+    }

@@ -1,0 +1,124 @@
+"""Going on with a run: which checkpoint, and whether the run file still asks for the same training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from rankwise.errors import RequestError
+from rankwise.recipes.output import RunFolder
+from rankwise.recipes.provenance import joined_hash
+from rankwise.recipes.run import RunConfig, run_document
+from rankwise.train.config import AUTO, TrainConfig
+from rankwise.train.log import Say
+from rankwise.train.optim import learning_rate
+from rankwise.train.precision import Precision, choose_precision
+from rankwise.train.state import Checkpoint, drop_newer, find_checkpoint
+
+FREE = (
+    "output", "model.trust_remote_code", "data.test", "train.log_every", "train.evaluate_every",
+    "train.save_every", "train.keep_checkpoints", "train.samples", "train.sample_tokens",
+)  # fmt: skip
+"""Settings that change nothing in what is learned."""
+
+ROUNDING = ("train.micro_batch_size", "train.gradient_checkpointing", "model.device")
+"""Settings that change rounding (and which units dropout takes), not what is computed: allowed, and said."""
+
+LENGTH = ("train.steps", "train.epochs")
+"""Compared by what they did to the steps already taken."""
+
+
+def training_settings(run: RunConfig, data: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """The settings that decide what is learned, flat (`train.lr`); data files by their contents, not their names."""
+    settings: dict[str, Any] = {}
+    for section, values in run_document(run).items():
+        for name, value in (values if isinstance(values, dict) else {"": values}).items():
+            key = f"{section}.{name}".rstrip(".")
+            if key not in FREE:
+                settings[key] = value
+    for split in ("train", "valid"):
+        settings[f"data.{split}"] = joined_hash(dict(data[split])) if split in data else None
+    return settings
+
+
+def usable_checkpoint(folder: RunFolder, say: Say) -> Checkpoint | None:
+    """The checkpoint that `--resume` goes on from, or None to start afresh; says which, and what was damaged.
+
+    Raises: WorkError when checkpoints are there and none is whole; RequestError when a finished run has none.
+    """
+    checkpoint, problems = find_checkpoint(folder.path)
+    for problem in problems:
+        say(f"{problem}; using the one before")
+    if checkpoint is not None:
+        say(f"going on from '{checkpoint.folder}', after step {checkpoint.step}")
+        drop_newer(folder.path, checkpoint.step)
+    elif folder.is_finished:
+        raise RequestError(f"the run in '{folder.path}' is finished and kept no checkpoint; choose another output")
+    else:
+        say(f"no checkpoint in '{folder.path}': starting afresh")
+    return checkpoint
+
+
+def run_precision(name: str, device: torch.device, checkpoint: Checkpoint | None) -> Precision:
+    """The precision for `train.precision`; `auto` of a run that goes on is what it was when the run began."""
+    if checkpoint is None or name != AUTO:
+        return choose_precision(name, device)
+    return Precision(checkpoint.settings["train.precision"], "as when the run began")
+
+
+def check_settings(checkpoint: Checkpoint, now: Mapping[str, Any], say: Say) -> None:
+    """The run file still describes the run that the checkpoint is of; the length is checked by `check_length`.
+
+    Raises: RequestError naming the first setting that differs.
+    """
+    before = checkpoint.settings
+    for key in [*before, *(key for key in now if key not in before)]:
+        old, new = before.get(key), now.get(key)
+        if old == new or key in LENGTH:
+            continue
+        if key in ROUNDING:
+            say(f"{key} was {old} and is now {new}: the results stay the same up to rounding and dropout")
+            continue
+        if key in ("data.train", "data.valid") and old and new:
+            raise RequestError(
+                f"the contents of {key} have changed since the run began; restore them, or choose another output"
+            )
+        raise RequestError(
+            f"{key} was {old!r} when the run began and is now {new!r}; set it back to go on, or choose another output"
+        )
+
+
+def check_length(checkpoint: Checkpoint, train: TrainConfig, rows_per_epoch: int) -> None:
+    """A run may be made longer or shorter where that leaves the steps already done as they were.
+
+    Raises: RequestError when they would have had other learning rates or rows.
+    """
+    old_length = {key.removeprefix("train."): checkpoint.settings[key] for key in LENGTH}
+    if old_length == {"steps": train.steps, "epochs": train.epochs}:
+        return
+    before = TrainConfig(**{**vars(train), **old_length})
+    step = checkpoint.step
+    was, now = (_so_far(config, rows_per_epoch, step) for config in (before, train))
+    name = "steps" if before.steps is not None and train.steps is not None else "epochs"
+    if train.num_steps(rows_per_epoch) < step:
+        raise RequestError(
+            f"train.{name} asks for {train.num_steps(rows_per_epoch)} steps, and {step} are done already; ask for more"
+        )
+    if was != now:
+        raise RequestError(
+            f"train.{name} was {getattr(before, name)} and is now {getattr(train, name)}, which would have changed the "
+            f"{step} steps already done ({train.schedule} schedule, warm-up {train.warmup}); set it back, or choose "
+            "another output"
+        )
+
+
+def _so_far(train: TrainConfig, rows_per_epoch: int, step: int) -> tuple[list[float], int] | None:
+    """Learning rates of the steps up to `step`, and how many rows they took; None when the run is shorter."""
+    num_steps = train.num_steps(rows_per_epoch)
+    if num_steps < step:
+        return None
+    warmup = train.warmup_steps(num_steps)
+    rates = [learning_rate(s, num_steps, train.lr, train.schedule, warmup, train.lr_floor) for s in range(1, step + 1)]
+    return rates, min(step * train.batch_size, train.num_rows(rows_per_epoch))

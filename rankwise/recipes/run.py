@@ -1,0 +1,274 @@
+"""A run file: one dataclass for each section, read from YAML, a mapping, or a RunConfig, with `key=value` overrides.
+
+Paths (`data.*`, `output`, `adapter.from`, a model's folder) are relative to the run file; those in overrides and in
+mappings are relative to the current folder. A RunConfig that was read holds absolute paths.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rankwise.adapters.config import LoraConfig
+from rankwise.config import build, to_dict
+from rankwise.data.config import TEMPLATE_SUFFIX, DataConfig
+from rankwise.errors import RequestError, did_you_mean
+from rankwise.models.config import ModelConfig
+from rankwise.ranks.config import RanksConfig
+from rankwise.train.config import AUTO, TrainConfig
+
+ADAPTER_KINDS: dict[str, type[LoraConfig]] = {"lora": LoraConfig}
+SECTIONS: dict[str, type[Any]] = {
+    "model": ModelConfig,
+    "adapter": LoraConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "ranks": RanksConfig,
+}
+"""Sections that are mappings; `tasks` and `output` stand beside them."""
+
+EMBEDDED_MODELS = ("demo", "demo-encoder")
+DATA_FILES = ("train", "valid", "test")
+TEXT_FORMAT = "text"
+FROM = "from"
+
+
+@dataclass(frozen=True)
+class StartFrom:
+    """`adapter: {from: FOLDER}`: go on from an adapter that exists; its config says everything else."""
+
+    folder: str
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on.
+
+    Raises: RequestError where one section makes a setting of another one meaningless.
+    """
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: LoraConfig | StartFrom = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    ranks: RanksConfig = field(default_factory=RanksConfig)
+    tasks: Mapping[str, Any] = field(default_factory=dict)
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.tasks:
+            raise RequestError(f"tasks ({', '.join(self.tasks)}): not available yet; set it to {{}}, and use data:")
+        self._check_evaluation()
+        if self.data.format not in (AUTO, TEXT_FORMAT) and self.train.objective == "text":
+            raise RequestError(
+                f"train.objective: text trains on whole texts, data.format: {self.data.format} holds answers; "
+                "use train.objective=sft, or data.format=text"
+            )
+        if self.data.format == TEXT_FORMAT and self.train.objective == "sft":
+            raise RequestError(
+                "train.objective: sft trains on answers, data.format: text has none; use train.objective=text"
+            )
+
+    def _check_evaluation(self) -> None:
+        train, every = self.train, self.train.evaluate_every
+        if self.data.valid is None:
+            if every != AUTO and not train.evaluates_never:
+                raise RequestError(
+                    f"train.evaluate_every ({every}) has no effect without data.valid; give a file, or set it to null"
+                )
+            if train.samples:
+                raise RequestError(
+                    f"train.samples ({train.samples}) has no effect without data.valid; give a file, or set it to 0"
+                )
+        elif train.evaluates_never:
+            raise RequestError(
+                "data.valid has no effect: train.evaluate_every says never; set it to auto, or data.valid to null"
+            )
+
+
+def read_run(
+    source: RunConfig | Mapping[str, Any] | str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> RunConfig:
+    """The run that `source` (a YAML file, a mapping or a RunConfig) describes, with `key=value` overrides on top.
+
+    Raises: RequestError for a file that can't be read, an unknown key (naming the nearest), or a value that is wrong.
+    """
+    here = Path.cwd()
+    if isinstance(source, RunConfig):
+        document, folder = run_document(source), here
+    elif isinstance(source, Mapping):
+        document, folder = {str(key): value for key, value in source.items()}, here
+    else:
+        document, folder = read_yaml(Path(source)), Path(source).absolute().parent
+    document = absolute_paths(document, folder)
+    for override in overrides:
+        document = _merged(document, absolute_paths(parse_override(override), here))
+    return build_run(document)
+
+
+def build_run(document: Mapping[str, Any]) -> RunConfig:
+    """A RunConfig from a mapping whose paths are absolute. Raises: as `read_run`."""
+    check_keys(document)
+    sections: dict[str, Any] = {
+        name: build(kind, document.get(name), name) for name, kind in SECTIONS.items() if name != "adapter"
+    }
+    output = document.get("output")
+    if output is not None and not isinstance(output, str):
+        raise RequestError(f"output must be a folder, not {output!r}")
+    return RunConfig(
+        **sections, adapter=_adapter(document.get("adapter")), tasks=document.get("tasks") or {}, output=output
+    )
+
+
+def _adapter(section: Mapping[str, Any] | None) -> LoraConfig | StartFrom:
+    section = section or {}
+    if FROM in section:
+        others = [key for key in section if key != FROM]
+        if others:
+            raise RequestError(
+                f"adapter.{others[0]} has no effect with adapter.from, whose own config is used; leave it out"
+            )
+        if not isinstance(section[FROM], str):
+            raise RequestError(f"adapter.from must be an adapter's folder, not {section[FROM]!r}")
+        return StartFrom(section[FROM])
+    kind = section.get("kind", "lora")
+    if kind not in ADAPTER_KINDS:
+        raise RequestError(f"unknown adapter.kind {kind!r}{did_you_mean(str(kind), ADAPTER_KINDS)}")
+    return build(ADAPTER_KINDS[kind], section, "adapter")
+
+
+def check_keys(document: Mapping[str, Any]) -> None:
+    """Every key is known. Raises: RequestError naming the nearest known key, in whatever section it is."""
+    inside = [f"{name}.{item.name}" for name, kind in SECTIONS.items() for item in fields(kind)]
+    inside.append(f"adapter.{FROM}")
+    top = [*SECTIONS, "tasks", "output"]
+    for key, value in document.items():
+        if key not in top:
+            raise RequestError(f"unknown setting '{key}'{did_you_mean(key, [*top, *inside])}")
+        if key in SECTIONS and value is not None and not isinstance(value, Mapping):
+            raise RequestError(f"{key} must be a mapping of settings, not {value!r}")
+        if key == "tasks" and value is not None and not isinstance(value, Mapping):
+            raise RequestError(f"tasks must be a mapping, not {value!r}")
+        for name in value if key in SECTIONS and value else ():
+            if f"{key}.{name}" not in inside:
+                raise RequestError(f"unknown setting '{key}.{name}'{did_you_mean(f'{key}.{name}', inside)}")
+
+
+def run_document(run: RunConfig) -> dict[str, Any]:
+    """The run as plain values, in the order of a run file; `read_run` of it gives an equal run."""
+    adapter = {FROM: run.adapter.folder} if isinstance(run.adapter, StartFrom) else to_dict(run.adapter)
+    return {
+        "model": to_dict(run.model),
+        "adapter": adapter,
+        "data": to_dict(run.data),
+        "train": to_dict(run.train),
+        "ranks": to_dict(run.ranks),
+        "tasks": dict(run.tasks),
+        "output": run.output,
+    }
+
+
+def run_yaml(run: RunConfig) -> str:
+    """The run as the text of a run file."""
+    return yaml.safe_dump(run_document(run), sort_keys=False, allow_unicode=True)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping: the first would silently have no effect."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the base class's, for mappings without repeats."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is set twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file with a mapping in it.
+
+    Raises: RequestError for a missing file, broken YAML, or anything but a mapping.
+    """
+    if path.is_dir():
+        raise RequestError(f"'{path}' is a folder, not a run file; a run's folder has its own in '{path / 'run.yaml'}'")
+    try:
+        # the loader is SafeLoader with one check more
+        document = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506
+    except FileNotFoundError:
+        raise RequestError(f"there is no run file '{path}'") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read the run file '{path}': {error}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}" if mark else ""
+        raise RequestError(f"the run file '{path}' is not YAML{where}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise RequestError(f"the run file '{path}' is not YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise RequestError(f"the run file '{path}' must hold settings (model:, data:, train:, ...), not {document!r}")
+    return {str(key): value for key, value in document.items()}
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`train.lr=1e-3` as {"train": {"lr": 1e-3}}; the value is YAML.
+
+    Raises: RequestError when it is not `key=value`.
+    """
+    key, equals, value = text.partition("=")
+    names = key.split(".")
+    if not equals or not all(names):
+        raise RequestError(f"'{text}' is not a setting; write key=value, as in train.lr=1e-3")
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RequestError(f"the value of '{text}' is not YAML; quote it") from None
+    for name in reversed(names):
+        parsed = {name: parsed}
+    return parsed
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`: mappings of a section join, anything else replaces."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def absolute_paths(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The document with every path in it made absolute, relative ones from `folder`."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        return os.path.normpath(folder / Path(value).expanduser())
+
+    def model(value: Any) -> Any:
+        if not isinstance(value, str) or value in EMBEDDED_MODELS:
+            return value
+        is_path = value.startswith((".", "~", os.sep)) or (folder / value).is_dir()
+        return absolute(value) if is_path else value
+
+    def template(value: Any) -> Any:
+        return absolute(value) if isinstance(value, str) and value.endswith(TEMPLATE_SUFFIX) else value
+
+    places: list[tuple[str, str, Callable[[Any], Any]]] = [("data", name, absolute) for name in DATA_FILES]
+    places += [("data", "chat_template", template), ("adapter", FROM, absolute), ("model", "name", model)]
+    result = dict(document)
+    for section, name, change in places:
+        inside = result.get(section)
+        if isinstance(inside, Mapping) and name in inside:
+            result[section] = {**inside, name: change(inside[name])}
+    if "output" in result:
+        result["output"] = absolute(result["output"])
+    return result

@@ -1,0 +1,228 @@
+"""How a run trains: the `train:` section of a run file.
+
+A step is one optimizer update on `batch_size` data rows, taken `micro_batch_size` rows at a time. Rows come from an
+endless stream of shuffled epochs, so steps may straddle two epochs; with `epochs` the last step is cut so that every
+row is seen exactly that often.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from rankwise.errors import RequestError, did_you_mean
+
+OBJECTIVES = ("sft", "text")
+OBJECTIVES_TO_COME = ("seq2seq", "classification", "token-classification", "embedding", "dpo")
+SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("fp32", "bf16", "auto")
+
+AUTO = "auto"
+AUTO_EVENTS = 10
+"""An "every" setting of `auto` gives this many events in a run, the last step included."""
+DEFAULT_STEPS = 200
+DEFAULT_MICRO_BATCH_SIZE = 4
+DEFAULT_SAMPLES = 3
+
+_EPOCHS = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*epochs?\s*")
+
+
+@dataclass(frozen=True)
+class Every:
+    """A period of `steps`, or else of `epochs`; both 0 mean never."""
+
+    steps: int = 0
+    epochs: float = 0.0
+
+    @classmethod
+    def parse(cls, value: int | str | None, name: str, num_steps: int) -> Every:
+        """`50`, `"50"`, `"2 epochs"`, `auto`, or null and 0 for never; `name` is the setting, for messages.
+
+        Raises: RequestError for anything else.
+        """
+        if value is None:
+            return cls()
+        if value == AUTO:
+            return cls(steps=math.ceil(num_steps / AUTO_EVENTS))
+        text = str(value)
+        if re.fullmatch(r"\s*\d+\s*", text):
+            return cls(steps=int(text))
+        match = _EPOCHS.fullmatch(text)
+        if match is None or float(match[1]) == 0:
+            raise RequestError(f'{name} must be a number of steps, "2 epochs", auto, or null for never, not {value!r}')
+        return cls(epochs=float(match[1]))
+
+    @property
+    def is_never(self) -> bool:
+        """Whether the event does not happen."""
+        return self.steps == 0 and self.epochs == 0
+
+    def due(self, step: int, rows_per_step: int, rows_per_epoch: int) -> bool:
+        """Whether the event happens after `step` (counted from 1): a multiple of the period is reached in it."""
+        if self.steps:
+            return step % self.steps == 0
+        if self.epochs:
+            period = self.epochs * rows_per_epoch
+            return math.floor(step * rows_per_step / period) > math.floor((step - 1) * rows_per_step / period)
+        return False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run.
+
+    Args:
+        objective: `sft` trains on answers, `text` on every token of a text.
+        steps, epochs: how long; give one of them (neither: 200 steps).
+        batch_size: data rows in one optimizer step.
+        micro_batch_size: rows in one forward pass (memory, not results); not given: 4, but at most batch_size.
+        lr: the highest learning rate.
+        schedule: `constant`, `linear` or `cosine` decay after the warm-up.
+        lr_floor: where the decay ends, as a fraction of `lr`.
+        warmup: below 1 a fraction of the steps, else a number of steps, with a linearly growing rate.
+        weight_decay: decoupled (AdamW); applies to matrices, not to biases and magnitudes.
+        betas: Adam's decay rates.
+        max_grad_norm: gradients are scaled down to this norm; 0 or null: not.
+        precision: of the frozen base: `fp32`, `bf16`, or `auto` (bf16 where a probe shows that it is faster). Adapters
+            and their optimizer state are always fp32.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        seed: fixes the adapter's start, the order of rows and dropout.
+        log_every, evaluate_every, save_every: steps, "2 epochs", null or 0 for never, `auto` for ten times in a run.
+            The last step is always logged, evaluated and saved unless its setting says never (logging: always).
+        keep_checkpoints: how many of the newest checkpoints stay; null keeps all.
+        samples: answers generated at each evaluation, into samples.jsonl; not given: 3 where there is an evaluation.
+        sample_tokens: the most tokens of each such answer.
+
+    Raises: RequestError for a value out of range, or a setting without effect.
+    """
+
+    objective: str = "sft"
+    steps: int | None = None
+    epochs: int | float | None = None
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    lr: float = 2e-4
+    schedule: str = "cosine"
+    lr_floor: float = 0.0
+    warmup: int | float = 0.05
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float | None = 1.0
+    precision: str = AUTO
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    log_every: int | str | None = 1
+    evaluate_every: int | str | None = AUTO
+    save_every: int | str | None = AUTO
+    keep_checkpoints: int | None = 2
+    samples: int | None = None
+    sample_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "steps", DEFAULT_STEPS)
+        if self.micro_batch_size is None:
+            object.__setattr__(self, "micro_batch_size", min(DEFAULT_MICRO_BATCH_SIZE, max(self.batch_size, 1)))
+        self._check_names()
+        self._check_length()
+        self._check_rates()
+        self._check_events()
+
+    def _check_names(self) -> None:
+        if self.objective in OBJECTIVES_TO_COME:
+            raise RequestError(f"train.objective: '{self.objective}' is not available yet; use sft or text")
+        if self.precision == "fp16":
+            raise RequestError("train.precision: 'fp16' is not available yet; use bf16, fp32 or auto")
+        for name, known in (("objective", OBJECTIVES), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise RequestError(f"train.{name} can't be '{value}'{did_you_mean(value, known)}")
+
+    def _check_length(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise RequestError(
+                f"train.steps ({self.steps}) and train.epochs ({self.epochs}) both say how long to train; "
+                "set one of them to null"
+            )
+        _at_least("steps", self.steps, 1)
+        if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
+            raise RequestError(f"train.epochs must be more than 0, not {self.epochs}")
+        _at_least("batch_size", self.batch_size, 1)
+        _at_least("micro_batch_size", self.micro_batch_size, 1)
+        if self.micro_rows > self.batch_size:
+            raise RequestError(
+                f"train.micro_batch_size ({self.micro_rows}) is larger than train.batch_size ({self.batch_size}); "
+                f"set it to {self.batch_size} or less"
+            )
+
+    def _check_rates(self) -> None:
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise RequestError(f"train.lr must be more than 0, not {self.lr}; 2e-4 is a usual start for LoRA")
+        if not 0 <= self.lr_floor <= 1:
+            raise RequestError(f"train.lr_floor is a fraction of train.lr, from 0 to 1, not {self.lr_floor}")
+        if self.lr_floor and self.schedule == "constant":
+            raise RequestError("train.lr_floor has no effect with a constant schedule; use linear or cosine, or 0")
+        if not (self.warmup >= 0 and math.isfinite(self.warmup)) or (self.warmup >= 1 and self.warmup % 1):
+            raise RequestError(
+                f"train.warmup must be a fraction of the steps below 1, or a whole number of steps, not {self.warmup}"
+            )
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise RequestError(f"train.weight_decay must be 0 or more, not {self.weight_decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise RequestError(f"train.betas must be at least 0 and below 1, not {list(self.betas)}")
+        if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
+            raise RequestError(f"train.max_grad_norm must be above 0, or 0 for no clipping, not {self.max_grad_norm}")
+
+    def _check_events(self) -> None:
+        for name in ("log_every", "evaluate_every", "save_every"):
+            Every.parse(getattr(self, name), f"train.{name}", DEFAULT_STEPS)
+        if not 0 <= self.seed < 2**63:
+            raise RequestError(f"train.seed must be a whole number from 0 to 2**63 - 1, not {self.seed}")
+        _at_least("keep_checkpoints", self.keep_checkpoints, 1)
+        _at_least("samples", self.samples, 0)
+        _at_least("sample_tokens", self.sample_tokens, 1)
+        if self.samples and self.evaluates_never:
+            raise RequestError(
+                f"train.samples ({self.samples}) has no effect: train.evaluate_every says never; set samples to 0"
+            )
+
+    @property
+    def micro_rows(self) -> int:
+        """`micro_batch_size`, filled in."""
+        assert self.micro_batch_size is not None
+        return self.micro_batch_size
+
+    @property
+    def evaluates_never(self) -> bool:
+        """Whether evaluation while training was turned off."""
+        return Every.parse(self.evaluate_every, "train.evaluate_every", DEFAULT_STEPS).is_never
+
+    def num_rows(self, rows_per_epoch: int) -> int:
+        """Rows seen in the whole run, repetitions counted."""
+        if self.steps is not None:
+            return self.steps * self.batch_size
+        assert self.epochs is not None
+        return max(1, round(self.epochs * rows_per_epoch))
+
+    def num_steps(self, rows_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        return math.ceil(self.num_rows(rows_per_epoch) / self.batch_size)
+
+    def warmup_steps(self, num_steps: int) -> int:
+        """Steps of the warm-up.
+
+        Raises: RequestError when the warm-up would take the whole run.
+        """
+        steps = int(self.warmup * num_steps) if self.warmup < 1 else int(self.warmup)
+        if steps >= num_steps and steps > 0:
+            raise RequestError(
+                f"train.warmup ({self.warmup}) takes all {num_steps} steps of the run; "
+                "use fewer, or a fraction such as 0.05"
+            )
+        return steps
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise RequestError(f"train.{name} must be {least} or more, not {value}")

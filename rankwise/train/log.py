@@ -1,0 +1,121 @@
+"""What a run says while it runs: metrics.jsonl, and a progress bar on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rankwise.errors import WorkError
+from rankwise.files import write_text
+
+PLAIN_LINE_S = 10.0
+"""Where stderr is not a terminal, a line at most so often."""
+
+
+class JsonLines:
+    """A file with one JSON document a line, each flushed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Adds one line. JSON has no NaN: such a value is a programmer's mistake here.
+
+        Raises: WorkError when it can't be written.
+        """
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise WorkError(f"cannot write '{self.path}': {error.strerror}; free space, then --resume") from error
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines; a last line that a crash cut off is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        # what follows the last line feed was never finished
+        return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+    def drop_after(self, step: int) -> None:
+        """Leaves only lines whose `step` is at most `step`: a resumed run writes the later ones again."""
+        kept = [line for line in self.read() if line["step"] <= step]
+        write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory so far: of the device on CUDA, else of this process (resident)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class ProgressBar:
+    """Steps done with loss, tokens/s, memory and time left; plain lines where stderr is not a terminal.
+
+    Args:
+        num_steps, done: of the whole run, and how many are behind.
+        shown: false draws nothing and prints nothing.
+    """
+
+    def __init__(self, num_steps: int, done: int, shown: bool = True) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+            TextColumn("left"), TimeRemainingColumn(),
+            console=self._console, disable=not (shown and self._console.is_terminal),
+        )  # fmt: skip
+        self._task = self._bar.add_task("training", total=num_steps, completed=done, figures="")
+        self._plain = shown and not self._console.is_terminal
+        self._shown = shown
+        self._num_steps, self._first = num_steps, done
+        self._started = self._printed = time.monotonic()
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self._shown:
+            self._console.print(text, markup=False)
+
+    def update(self, step: int, loss: float, tokens_per_s: float, memory_bytes: int) -> None:
+        """After a step: its loss, and the speed and the memory so far."""
+        figures = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {memory_bytes / 2**30:.2f} GiB"
+        self._bar.update(self._task, completed=step, figures=figures)
+        now = time.monotonic()
+        is_edge = step in (self._first + 1, self._num_steps)
+        if self._plain and (is_edge or now - self._printed >= PLAIN_LINE_S):
+            self._printed = now
+            left = (now - self._started) / (step - self._first) * (self._num_steps - step)
+            self.say(f"step {step}/{self._num_steps}  {figures}  {clock(left)} left")
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+Say = Callable[[str], None]
+"""Takes one line for people."""

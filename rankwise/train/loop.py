@@ -1,0 +1,208 @@
+"""The training loop: one function, with hooks between optimizer steps.
+
+A step minimises the sum of the losses of all its micro batches divided by the number of losses in the whole step, so
+that k micro batches equal one big batch, on one process or on many. Everything else (evaluation, samples, logging,
+saving, interruption; growth of ranks and task schedules) is a hook: a function of the finished `Step`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rankwise import distributed
+from rankwise.errors import WorkError
+from rankwise.models.batch import Batch
+from rankwise.train.optim import set_learning_rate, trained_parameters
+from rankwise.train.watch import LossWatch
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the mean of `losses` over a step.
+
+    Args:
+        losses: one loss for each trained unit (token, pair) of a micro batch, [num_trained], with a graph.
+        count: how many losses that will be, before anything is computed.
+    """
+
+    losses: Callable[[PreTrainedModel, Batch], Tensor]
+    count: Callable[[Batch], int]
+
+
+@dataclass(frozen=True)
+class LoopPlan:
+    """How many steps, at which rate (a function of the step, from 1), and the norm that gradients are clipped to."""
+
+    num_steps: int
+    learning_rate: Callable[[int], float]
+    max_grad_norm: float | None = None
+
+
+@dataclass
+class Progress:
+    """How far a run has come; a checkpoint holds it whole."""
+
+    step: int = 0
+    num_tokens: int = 0
+    num_trained_tokens: int = 0
+    train_s: float = 0.0
+    """Time spent in steps: evaluation, generation and saving are not in it."""
+    loss: float | None = None
+    """Mean loss of the last logged interval."""
+    best_valid_loss: float | None = None
+    interval_loss: float = 0.0
+    """Sum of the losses since the last log line, over `interval_trained` tokens; with tokens and time likewise."""
+    interval_trained: int = 0
+    interval_tokens: int = 0
+    interval_s: float = 0.0
+    watch: LossWatch = field(default_factory=LossWatch)
+
+
+@dataclass
+class Step:
+    """A finished optimizer step, as hooks and `on_step` see it. Hooks may add figures to `metrics`."""
+
+    number: int
+    num_steps: int
+    loss: float
+    lr: float
+    grad_norm: float
+    num_tokens: int
+    num_trained_tokens: int
+    seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the run ends with it."""
+        return self.number == self.num_steps
+
+
+Hook = Callable[[Step], None]
+
+
+def fit(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Callable[[int], list[Batch]],
+    objective: Objective,
+    plan: LoopPlan,
+    progress: Progress,
+    hooks: Sequence[Hook] = (),
+) -> Progress:
+    """Trains from `progress.step` to `plan.num_steps`, calling each of `hooks` in order after every step.
+
+    `batches(step)` gives this process's micro batches of a step, on the model's device. `progress` is changed in place
+    and returned. Hooks run with the gradients gone; one that raises ends the run.
+
+    Raises: WorkError when nothing in a step carries a label, when no gradient reaches the parameters, or when the loss
+        or the gradient is not finite (the parameters are then as before the step) or the loss diverges.
+    """
+    while progress.step < plan.num_steps:
+        step = take_step(model, optimizer, batches(progress.step + 1), objective, plan, progress)
+        progress.watch.check(step.number, step.loss)
+        for hook in hooks:
+            hook(step)
+    return progress
+
+
+def take_step(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Batch],
+    objective: Objective,
+    plan: LoopPlan,
+    progress: Progress,
+) -> Step:
+    """One optimizer step on `micro_batches`; `progress` moves on by it. Raises: as `fit`."""
+    started = time.perf_counter()
+    number = progress.step + 1
+    lr = plan.learning_rate(number)
+    set_learning_rate(optimizer, lr)
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    loss, num_trained, num_tokens = accumulate(model, optimizer, micro_batches, objective, number)
+    grad_norm = clip_gradients(trained_parameters(optimizer), plan.max_grad_norm)
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {grad_norm}"
+        raise WorkError(
+            f"step {number}: {what}; lower train.lr ({lr:g} at this step), or try train.precision=fp32 if it was bf16"
+        )
+    if number == 1 and grad_norm == 0:
+        raise WorkError(
+            "no gradient reaches the adapter: its layers take no part in the loss; change adapter.target_modules"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - started
+    progress.step = number
+    progress.num_tokens += num_tokens
+    progress.num_trained_tokens += num_trained
+    progress.train_s += seconds
+    progress.interval_loss += loss * num_trained
+    progress.interval_trained += num_trained
+    progress.interval_tokens += num_tokens
+    progress.interval_s += seconds
+    return Step(number, plan.num_steps, loss, lr, grad_norm, num_tokens, num_trained, seconds)
+
+
+def accumulate(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Batch],
+    objective: Objective,
+    number: int,
+) -> tuple[float, int, int]:
+    """Gradients of the step's mean loss, over all micro batches and processes, into `.grad`.
+
+    Returns that mean loss, the number of losses in it, and the number of tokens read.
+
+    Raises: WorkError when there is no loss at all in the step, or it does not depend on any parameter.
+    """
+    counts = [objective.count(batch) for batch in micro_batches]
+    totals = torch.tensor([sum(counts), sum(batch.num_tokens for batch in micro_batches)], dtype=torch.int64)
+    distributed.all_reduce_sum([totals])
+    num_trained, num_tokens = (int(total) for total in totals)
+    if num_trained == 0:
+        raise WorkError(
+            f"step {number}: not one of its {num_tokens} tokens is trained on; the answers are masked or cut off: see "
+            "`rankwise data preview`, raise data.max_length, or drop the rows without an answer"
+        )
+    mean_loss = torch.zeros((), dtype=torch.float64)
+    for batch, count in zip(micro_batches, counts, strict=True):
+        if count == 0:
+            continue
+        losses = objective.losses(model, batch)
+        assert losses.numel() == count, f"{losses.numel()} losses where {count} were counted"
+        if not losses.requires_grad:
+            raise WorkError("the loss does not depend on the adapter: nothing is attached or everything is frozen")
+        share = losses.sum() / num_trained
+        share.backward()
+        mean_loss += share.detach().cpu().double()
+    if distributed.world_size() > 1:
+        gradients = [_gradient(parameter) for parameter in trained_parameters(optimizer)]
+        distributed.all_reduce_sum([mean_loss, *gradients])
+    return float(mean_loss), num_trained, num_tokens
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """Its gradient; zeros where this process had no batch for it, since all processes sum the same tensors."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> float:
+    """Scales the gradients down to a total norm of `max_norm` (None or 0: not); returns the norm before that."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if max_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)

@@ -1,0 +1,28 @@
+"""Gradient checkpointing: activations are computed again in the backward pass instead of kept (Chen et al. 2016,
+arXiv 1604.06174), one transformer block at a time, by the model's own blocks.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from transformers import PreTrainedModel
+
+from rankwise.errors import RequestError
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Turns it on for training mode; evaluation is not touched.
+
+    Raises: RequestError for a model whose blocks can't be recomputed.
+    """
+    if not model.supports_gradient_checkpointing:
+        kind = type(model).__name__
+        raise RequestError(f"{kind} has no gradient checkpointing; set train.gradient_checkpointing=false")
+    with warnings.catch_warnings():
+        # the name that transformers 5 knows in all its releases; the later ones warn that 6 drops it
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Not re-entrant, gradients reach the adapters inside a block although its input, the frozen embedding, needs none;
+    # the hook that transformers adds for the other kind would only carry gradients below the first adapter.
+    model.disable_input_require_grads()

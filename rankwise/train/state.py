@@ -1,0 +1,186 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped: on a CPU bit for bit, given the same
+versions and number of threads.
+
+    checkpoints/step-50/
+        adapter/            PEFT's format, usable as it is
+        state.safetensors   adapter/<name>, optimizer/<name>/<state>, rng/<generator>
+        state.json          progress, settings, SHA-256 of every other file, and of itself
+
+A checkpoint appears under its name only when it is whole; one that was damaged later is recognised by its hashes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rankwise.attach.checkpoint import load_native_state, native_state, save_adapter
+from rankwise.attach.inject import adapter_parameters
+from rankwise.errors import WorkError
+from rankwise.files import replacing_folder, sha256_bytes, sha256_file
+from rankwise.train.loop import Progress
+from rankwise.train.optim import load_optimizer_state, optimizer_state
+from rankwise.train.rng import rng_state, set_rng_state
+from rankwise.train.watch import LossWatch
+
+FORMAT = 1
+CHECKPOINTS = "checkpoints"
+STATE = "state.safetensors"
+RECORD = "state.json"
+ADAPTER = "adapter"
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: where it lies, how far the run had come, and the settings it ran with."""
+
+    folder: Path
+    progress: Progress
+    settings: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.progress.step
+
+
+def save_checkpoint(
+    run_folder: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    settings: Mapping[str, Any],
+    keep: int | None,
+) -> Checkpoint:
+    """Writes `checkpoints/step-N`, then removes all but the newest `keep` (None: removes none).
+
+    Raises: WorkError when it cannot be written; the older checkpoints then stay.
+    """
+    folder = run_folder / CHECKPOINTS / f"step-{progress.step}"
+    with replacing_folder(folder) as temporary:
+        save_adapter(model, temporary / ADAPTER)
+        (temporary / STATE).write_bytes(save(_tensors(model, optimizer)))
+        record = {
+            "format": FORMAT,
+            "progress": asdict(progress),
+            "settings": dict(settings),
+            "files": {str(path.relative_to(temporary)): sha256_file(path) for path in _files(temporary)},
+        }
+        record["sha256"] = _digest(record)
+        (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if keep is not None:
+        for old in checkpoint_folders(run_folder)[:-keep]:
+            shutil.rmtree(old)
+    return Checkpoint(folder, progress, dict(settings))
+
+
+def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    parts = {
+        "adapter": native_state(model),
+        "optimizer": optimizer_state(optimizer, adapter_parameters(model)),
+        "rng": rng_state(model.device),
+    }
+    return {
+        f"{part}/{name}": tensor.detach().cpu().contiguous()
+        for part, state in parts.items()
+        for name, tensor in state.items()
+    }
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in record.items() if key != "sha256"}
+    return sha256_bytes(json.dumps(rest, sort_keys=True).encode())
+
+
+def checkpoint_folders(run_folder: Path) -> list[Path]:
+    """The run's checkpoint folders, oldest first, whole or not."""
+    root = run_folder / CHECKPOINTS
+    named = [(match, path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))] if root.is_dir() else []
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named)]
+
+
+def find_checkpoint(run_folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, and one line for each newer one that is damaged. Reads and hashes; changes nothing.
+
+    Raises: WorkError when there are checkpoints and none is whole.
+    """
+    problems: list[str] = []
+    folders = checkpoint_folders(run_folder)
+    for folder in reversed(folders):
+        problem = damage(folder)
+        if problem is None:
+            return _read(folder), problems
+        problems.append(f"checkpoint '{folder}' is damaged ({problem})")
+    if folders:
+        raise WorkError(
+            f"no checkpoint in '{run_folder / CHECKPOINTS}' is whole: {'; '.join(problems)}; "
+            "delete that folder to start afresh"
+        )
+    return None, []
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    path = folder / RECORD
+    if not path.is_file():
+        return f"{RECORD} is missing"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{RECORD} is cut off or not JSON"
+    if not isinstance(record, dict) or record.get("sha256") != _digest(record):
+        return f"{RECORD} does not match its own hash"
+    if record["format"] != FORMAT:
+        return f"format {record['format']}, this version reads {FORMAT}"
+    for name, expected in record["files"].items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_file(folder / name) != expected:
+            return f"{name} does not match its hash"
+    return None
+
+
+def _read(folder: Path) -> Checkpoint:
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    progress = Progress(**{**record["progress"], "watch": LossWatch(**record["progress"]["watch"])})
+    return Checkpoint(folder, progress, record["settings"])
+
+
+def drop_newer(run_folder: Path, step: int) -> None:
+    """Removes checkpoints after `step` (damaged, or there would be a newer one to go on from) and half-written ones."""
+    for folder in checkpoint_folders(run_folder):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    root = run_folder / CHECKPOINTS
+    for leftover in [*root.glob(".step-*.tmp"), *root.glob(".step-*.old")]:
+        shutil.rmtree(leftover)
+
+
+def restore(checkpoint: Checkpoint, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Puts the adapter, the optimizer and the random number generators where the checkpoint left them.
+
+    Raises: WorkError when its tensors do not fit the attached model.
+    """
+    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}, "rng": {}}
+    for full_name, tensor in load_file(checkpoint.folder / STATE).items():
+        part, _, name = full_name.partition("/")
+        parts[part][name] = tensor
+    load_native_state(model, parts["adapter"])
+    load_optimizer_state(optimizer, adapter_parameters(model), parts["optimizer"])
+    set_rng_state(parts["rng"], model.device)

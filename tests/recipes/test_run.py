@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rankwise.adapters.config import LoraConfig
+from rankwise.data.config import DataConfig
+from rankwise.errors import RequestError
+from rankwise.recipes.run import RunConfig, StartFrom, read_run, run_document, run_yaml
+
+RUN_FILE = """
+model: {name: demo, device: cpu}
+adapter: {kind: lora, r: 16, lora_alpha: 32, target_modules: all-linear, lora_dropout: 0.0}
+data: {train: rows/train.jsonl, valid: valid.jsonl, format: auto, max_length: 512, packing: true}
+train: {objective: sft, steps: 200, batch_size: 16, micro_batch_size: 4, lr: 2e-4, schedule: cosine, warmup: 0.05,
+        precision: auto, seed: 0, log_every: 1, evaluate_every: 50, save_every: 50}
+ranks: {policy: fixed}
+tasks: {}
+output: runs/first
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "here" / "run.yaml"
+    path.parent.mkdir()
+    path.write_text(RUN_FILE)
+    return path
+
+
+def test_a_run_file(run_file: Path) -> None:
+    run = read_run(run_file)
+    assert run.train.lr == 2e-4 and run.train.steps == 200
+    assert isinstance(run.adapter, LoraConfig) and run.adapter.r == 16
+    assert run.data.train == str(run_file.parent / "rows/train.jsonl")
+    assert run.data.valid == str(run_file.parent / "valid.jsonl")
+    assert run.output == str(run_file.parent / "runs/first")
+    assert run.model.name == "demo"
+
+
+def test_overrides_are_yaml_and_their_paths_are_from_here(run_file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = ["train.lr=1e-3", "train.betas=[0.9, 0.95]", "output=out", "data.valid=null"]
+    run = read_run(run_file, [*overrides, "train.evaluate_every=null", "train.steps=null", "train.epochs=1.5"])
+    assert run.train.lr == 1e-3 and run.train.betas == (0.9, 0.95)
+    assert run.data.valid is None and run.train.steps is None and run.train.epochs == 1.5
+    assert run.output == str(tmp_path / "out")
+    assert run.data.train == str(run_file.parent / "rows/train.jsonl")
+
+
+def test_a_mapping_is_from_here(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = read_run({"data": {"train": ["a.jsonl", "../b.jsonl"]}, "output": "out"})
+    assert run.data.train == [str(tmp_path / "a.jsonl"), str(tmp_path.parent / "b.jsonl")]
+    assert run.output == str(tmp_path / "out")
+    assert run.train.steps == 200
+
+
+def test_a_run_config_is_taken_as_it_is(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunConfig(data=DataConfig(train="a.jsonl"), adapter=StartFrom("old"))
+    read = read_run(run, ["train.seed=3"])
+    assert read.train.seed == 3
+    assert read.adapter == StartFrom(str(tmp_path / "old"))
+
+
+def test_a_model_folder_is_beside_the_run_file_and_a_hub_id_is_not(tmp_path: Path) -> None:
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    for name, expected in {
+        "models/tiny": str(tmp_path / "models/tiny"),
+        "./gone": str(tmp_path / "gone"),
+        "someone/model": "someone/model",
+        "demo-encoder": "demo-encoder",
+    }.items():
+        path = tmp_path / "run.yaml"
+        path.write_text(f"model: {{name: {name}}}\ndata: {{train: a.jsonl}}\n")
+        assert read_run(path).model.name == expected
+
+
+def test_a_template_file_is_beside_the_run_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {train: a.jsonl, chat_template: mine.jinja}")
+    assert read_run(path).data.chat_template == str(tmp_path / "mine.jinja")
+
+
+def test_the_dump_reads_back_as_the_same_run(run_file: Path, tmp_path: Path) -> None:
+    run = read_run(run_file)
+    dumped = tmp_path / "elsewhere.yaml"
+    dumped.write_text(run_yaml(run))
+    assert read_run(dumped) == run
+    assert list(yaml.safe_load(run_yaml(run))) == ["model", "adapter", "data", "train", "ranks", "tasks", "output"]
+
+
+def test_starting_from_an_adapter(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("adapter: {from: old}\ndata: {train: a.jsonl}")
+    run = read_run(path)
+    assert run.adapter == StartFrom(str(tmp_path / "old"))
+    assert run_document(run)["adapter"] == {"from": str(tmp_path / "old")}
+    assert read_run(run_document(run)) == run
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lrr=1", ("train.lrr", "train.lr")),
+        ("lr=1", ("'lr'", "train.lr")),
+        ("train.max_length=3", ("train.max_length", "data.max_length")),
+        ("outptu=x", ("outptu", "output")),
+        ("adapter.rank=3", ("adapter.rank", "adapter.rank_pattern")),
+        ("train.lr=fast", ("train.lr", "float", "fast")),
+        ("train.steps=2.5", ("train.steps", "int", "2.5")),
+        ("train=3", ("train", "mapping", "3")),
+        ("adapter.kind=lroa", ("adapter.kind", "lroa", "lora")),
+        ("adapter.from=old", ("adapter.", "no effect", "adapter.from")),
+        ("data.valid=null", ("train.evaluate_every (50)", "no effect", "data.valid")),
+        ("train.evaluate_every=0", ("data.valid has no effect", "train.evaluate_every")),
+        ("tasks={rude: 1}", ("tasks", "rude", "not available yet")),
+        ("ranks.policy=grow", ("ranks.policy", "grow", "fixed")),
+        ("data.format=text", ("train.objective=text",)),
+        ("output=[1]", ("output", "folder")),
+        ("nonsense", ("nonsense", "key=value")),
+        ("=3", ("key=value",)),
+        ("train..lr=3", ("key=value",)),
+        ("train.lr={", ("train.lr={", "YAML")),
+    ],
+)
+def test_a_wrong_setting_is_one_line(run_file: Path, override: str, words: tuple[str, ...]) -> None:
+    with pytest.raises(RequestError) as error:
+        read_run(run_file, [override])
+    assert all(word in error.value.message for word in words), error.value.message
+    assert "\n" not in str(error.value)
+
+
+def test_an_objective_that_the_format_does_not_have(run_file: Path) -> None:
+    with pytest.raises(RequestError, match="holds answers"):
+        read_run(run_file, ["train.objective=text", "data.format=messages"])
+
+
+def test_samples_need_validation_data(run_file: Path) -> None:
+    with pytest.raises(RequestError, match=r"train.samples \(2\) has no effect without data.valid"):
+        read_run(run_file, ["data.valid=null", "train.evaluate_every=auto", "train.samples=2"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {lr: 1\n", ("not YAML", "line 2")),
+        ("- a\n- b\n", ("must hold settings",)),
+        ("", ("must hold settings",)),
+        ("train: {lr: 1, lr: 2}\n", ("'lr' is set twice", "line 1")),
+        ("data: {train: a.jsonl}\nmodel: {name: demo}\ndata: {train: b.jsonl}\n", ("'data' is set twice", "line 3")),
+        ("model: {name: demo}\n", ("data.train",)),
+    ],
+)
+def test_a_broken_run_file(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(RequestError) as error:
+        read_run(path)
+    assert all(word in error.value.message for word in words), error.value.message
+
+
+def test_a_missing_run_file(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="there is no run file"):
+        read_run(tmp_path / "gone.yaml")
+    with pytest.raises(RequestError, match="is a folder"):
+        read_run(tmp_path)

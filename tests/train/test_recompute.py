@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rankwise.attach.inject import adapter_parameters
+from rankwise.errors import RequestError
+from rankwise.train.loop import accumulate
+from rankwise.train.objectives import TOKENS
+from rankwise.train.recompute import enable_gradient_checkpointing
+from tests import tiny
+from tests.train.test_loop import adapted, optimizer_of, split
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_changes_no_gradient(dropout: float) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = adapted(lora_dropout=dropout).train()
+        if checkpointing:
+            enable_gradient_checkpointing(model)
+        torch.manual_seed(5)
+        accumulate(model, optimizer_of(model), split(4, True), TOKENS, 1)
+        found.append({name: p.grad for name, p in adapter_parameters(model).items()})
+    for name, gradient in found[0].items():
+        assert gradient is not None and gradient.abs().max() > 0
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-7, rtol=1e-5)
+
+
+def test_blocks_really_run_twice() -> None:
+    model = adapted().train()
+    accumulate(model, optimizer_of(model), split(8, True), TOKENS, 1)  # packing and loss look at the model once
+    calls: list[int] = []
+    model.get_submodule("model.layers.1.mlp").register_forward_pre_hook(lambda *_: calls.append(1))
+    accumulate(model, optimizer_of(model), split(8, True), TOKENS, 1)
+    assert len(calls) == 1
+    enable_gradient_checkpointing(model)
+    accumulate(model, optimizer_of(model), split(8, True), TOKENS, 1)
+    assert len(calls) == 3
+
+
+def test_a_model_without_it_is_refused() -> None:
+    model = tiny.llama()
+    type(model).supports_gradient_checkpointing, before = False, type(model).supports_gradient_checkpointing
+    try:
+        with pytest.raises(RequestError, match=r"set train\.gradient_checkpointing=false"):
+            enable_gradient_checkpointing(model)
+    finally:
+        type(model).supports_gradient_checkpointing = before
