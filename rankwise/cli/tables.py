@@ -1,0 +1,54 @@
+"""Tables that several commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+COLUMNS = {
+    "loss": ("loss", "{:.3f}"),
+    "perplexity": ("perplexity", "{:.2f}"),
+    "chrf": ("chrF", "{:.1f}"),
+    "bleu": ("BLEU", "{:.1f}"),
+    "rouge_l": ("ROUGE-L", "{:.1f}"),
+    "exact_match": ("exact match", "{:.1%}"),
+    "accuracy": ("accuracy", "{:.1%}"),
+}
+"""Field of a result: its heading, and how its value is written."""
+
+
+def results_table(results: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
+    """One row for each result, one column for each metric that any of them has."""
+    table = Table(title=title)
+    fields = [field for field in COLUMNS if any(field in result for result in results)]
+    table.add_column("target")
+    for field in fields:
+        table.add_column(COLUMNS[field][0], justify="right")
+    for result in results:
+        cells = [COLUMNS[field][1].format(result[field]) if field in result else "" for field in fields]
+        table.add_row(str(result["target"]), *cells)
+    return table
+
+
+def times_table(times: Mapping[str, float]) -> Table:
+    """Where the time went: stage, seconds, share."""
+    table = Table(title="where the time went")
+    for heading in ("stage", "seconds", "share"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    total = sum(times.values())
+    for stage, seconds in times.items():
+        table.add_row(stage, f"{seconds:.1f}", f"{seconds / total:.0%}" if total else "")
+    table.add_row("all", f"{total:.1f}", "", style="bold")
+    return table
+
+
+def bytes_text(count: int) -> str:
+    """A file size for people: 1,2 or 3 digits before the unit."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -1,0 +1,122 @@
+"""Greedy answers to many prompts: batches of similar length, left padded, ended by the tokens that end a turn.
+
+transformers' own `generate` runs on the model as it is, attached or plain; this module decides what it is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise.errors import RequestError
+from rankwise.evaluate.progress import progress_bar
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    progress: bool = False,
+    stop_ids: Sequence[int] | None = None,
+) -> list[str]:
+    """The greedy answer to each prompt (token ids, template included), in the order of `prompts`.
+
+    An answer ends before the first of `stop_ids` (none given: the tokenizer's end token, and those of the model's own
+    generation config) or after `max_new_tokens`. Special tokens and blanks at both ends are left out.
+
+    Raises: RequestError for an empty prompt, or one that does not fit into the model with its answer.
+    """
+    _check(model, prompts, max_new_tokens, batch_size)
+    pad_id = tokenizer.pad_token_id
+    assert isinstance(pad_id, int), "load_tokenizer gives every tokenizer a pad token"
+    stops = tuple(stop_ids) if stop_ids is not None else default_stop_ids(model, tokenizer)
+    settings = greedy(max_new_tokens, stops, pad_id)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    answers = [""] * len(prompts)
+    generate: Any = model.generate
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), contiguous_head(model), progress_bar("generating", len(prompts), progress) as advance:
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                ids, mask = left_padded([prompts[i] for i in chosen], pad_id, model.device)
+                output = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+                for i, row in zip(chosen, output[:, ids.shape[1] :].tolist(), strict=True):
+                    answers[i] = answer_text(tokenizer, row, stops)
+                advance(len(chosen))
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def _check(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> None:
+    if max_new_tokens < 1 or batch_size < 1:
+        raise RequestError(f"max_new_tokens ({max_new_tokens}) and batch_size ({batch_size}) must be at least 1")
+    if any(not prompt for prompt in prompts):
+        raise RequestError(f"prompt {[len(p) for p in prompts].index(0) + 1} is empty; give at least one token")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise RequestError(
+            f"a prompt of {longest} tokens with max_new_tokens={max_new_tokens} does not fit into the model's "
+            f"{positions} positions; shorten the prompt or lower max_new_tokens"
+        )
+
+
+def default_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokenizer's end token and the end tokens of the model's generation config."""
+    config = model.generation_config
+    ends = config.eos_token_id if config is not None else None
+    listed = ends if isinstance(ends, list) else [ends]
+    return tuple(dict.fromkeys(i for i in [tokenizer.eos_token_id, *listed] if isinstance(i, int)))
+
+
+def greedy(max_new_tokens: int, stop_ids: Sequence[int], pad_id: int) -> GenerationConfig:
+    """Greedy decoding and nothing else: a model's own sampling or penalty settings don't enter."""
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids) or None, pad_token_id=pad_id, use_cache=True,
+        do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+    )  # fmt: skip
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, both [rows, longest]; padding comes first, so that prompts end where answers start."""
+    longest = max(len(row) for row in rows)
+    ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
+    """The text before the first stop token, special tokens and blanks at both ends left out."""
+    end = next((place for place, token in enumerate(ids) if token in stop_ids), len(ids))
+    text = tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text.strip()
+
+
+@contextlib.contextmanager
+def contiguous_head(model: PreTrainedModel) -> Iterator[None]:
+    """Makes the last position's hidden state contiguous before the output head.
+
+    `generate` asks for the last position only; on that strided slice torch's matmul copies the head once for each row:
+    0.40 s instead of 0.0035 s for 8 rows and 49,152 tokens in bf16 on 2 cores.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, inputs: tuple(value.contiguous() for value in inputs))
+    try:
+        yield
+    finally:
+        handle.remove()

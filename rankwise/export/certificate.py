@@ -1,0 +1,123 @@
+"""What merging changed, measured: logits of the adapter model against those of the merged model.
+
+Both models run in fp32 arithmetic on the weights as they are stored, so that the figures show what rounding the merged
+weights changed, on any machine. Legend: V and W vocabularies; the other axis is the
+positions of one probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rankwise.errors import RequestError
+
+KL_BOUNDS = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 2e-2}
+"""The largest mean KL(adapter || merged), in nats for each token, that a merged model of a dtype may have."""
+LARGEST_SHARE = 0.5
+"""And the largest share of the adapter's own effect: past it, rounding has drowned what the adapter does."""
+MAX_PROBE_TOKENS = 512
+CHUNK_TOKENS = 64
+"""Positions compared at once in fp64: 64 x 150,000 x 8 bytes is 77 MB."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Logits of two models on the same tokens; `kl` is KL(first || second), mean over positions, in nats."""
+
+    max_abs_diff: float
+    mean_abs_diff: float
+    kl: float
+    top1_agreement: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What `merge_certificate.json` holds.
+
+    `adapter_effect_kl`: KL(adapter || base), to compare `kl` with. `probes`: where the probe texts came from.
+    `verdict`: `pass`, or `fail` when `kl` is above `bound`.
+    """
+
+    dtype: str
+    max_abs_diff: float
+    mean_abs_diff: float
+    kl: float
+    bound: float
+    top1_agreement: float
+    adapter_effect_kl: float
+    num_probe_tokens: int
+    probes: str
+    compared_in: str
+    verdict: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)
+
+
+def certify(dtype: str, merged: Difference, effect: Difference, probes: str) -> Certificate:
+    """The verdict on a merged model of `dtype`: a KL that is no number fails too."""
+    bound = max(KL_BOUNDS["fp32"], min(KL_BOUNDS[dtype], LARGEST_SHARE * effect.kl))
+    return Certificate(
+        dtype=dtype, max_abs_diff=merged.max_abs_diff, mean_abs_diff=merged.mean_abs_diff, kl=merged.kl, bound=bound,
+        top1_agreement=merged.top1_agreement, adapter_effect_kl=effect.kl, num_probe_tokens=merged.num_tokens,
+        probes=probes, compared_in="fp32", verdict="pass" if merged.kl <= bound else "fail",
+    )  # fmt: skip
+
+
+def trim_probes(probes: Sequence[Sequence[int]], most: int = MAX_PROBE_TOKENS) -> list[tuple[int, ...]]:
+    """The first probes that hold `most` tokens in all, the last one cut.
+
+    Raises: RequestError when no token is left.
+    """
+    kept: list[tuple[int, ...]] = []
+    for probe in probes:
+        room = most - sum(len(k) for k in kept)
+        if room > 0 and probe:
+            kept.append(tuple(probe[:room]))
+    if not kept:
+        raise RequestError("there is no probe token to compare the merged model on; give a text")
+    return kept
+
+
+def probe_logits(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> list[Float[Tensor, "_ V"]]:
+    """Logits of each probe run alone, fp32 on the CPU; dropout off, no gradient."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            rows = [torch.tensor([list(probe)], device=model.device) for probe in probes]
+            return [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in rows]
+    finally:
+        model.train(was_training)
+
+
+def compare(first: Sequence[Float[Tensor, "_ V"]], second: Sequence[Float[Tensor, "_ W"]]) -> Difference:
+    """How the second model's logits differ from the first's, over all positions of all probes.
+
+    Raises: RequestError when the two have different shapes.
+    """
+    if [tuple(t.shape) for t in first] != [tuple(t.shape) for t in second]:
+        raise RequestError("the two models' logits have different shapes: their vocabularies differ")
+    largest, total, kl, same, num_tokens, num_values = 0.0, 0.0, 0.0, 0, 0, 0
+    for one, other in zip(first, second, strict=True):
+        for a, b in zip(one.double().split(CHUNK_TOKENS), other.double().split(CHUNK_TOKENS), strict=True):
+            difference = (a - b).abs()
+            largest = max(largest, float(difference.max())) if difference.isfinite().all() else float("nan")
+            total += float(difference.sum())
+            log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+            kl += float((log_p.exp() * (log_p - log_q)).sum())
+            same += int((a.argmax(-1) == b.argmax(-1)).sum())
+            num_tokens += a.shape[0]
+            num_values += a.numel()
+    # rounding may leave a divergence of nothing just below 0; NaN stays NaN
+    mean_kl = 0.0 if -1e-12 < kl / num_tokens < 0.0 else kl / num_tokens
+    return Difference(largest, total / num_values, mean_kl, same / num_tokens, num_tokens)

@@ -1,0 +1,187 @@
+"""Evaluate: loss and generated answers of a target on a data file; an adapter beside its base, one model in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise.attach.inject import disabled
+from rankwise.data.config import DataConfig
+from rankwise.data.loader import Example, Loaded, load_examples
+from rankwise.data.templates import stop_token_ids
+from rankwise.errors import RequestError
+from rankwise.evaluate.answers import LOSS_METRICS, METRICS, check_metrics, score
+from rankwise.evaluate.generate import generate_answers
+from rankwise.evaluate.perplexity import measure_loss
+from rankwise.recipes.target import Target, find_target, open_target, target_tokenizer
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of an evaluation.
+
+    Args:
+        data: the data file; None takes the run's test file, or its valid file.
+        metrics: names; None takes all that the data allows.
+        rows: the first so many rows; None takes all.
+        batch_size: rows at a time.
+        max_new_tokens: the longest answer.
+        precision: fp32, bf16 or auto.
+        max_length, chat_template: in place of the run's, or of the defaults.
+        copy: whether the prompt itself is scored as an answer too.
+    """
+
+    data: str | None = None
+    metrics: tuple[str, ...] | None = None
+    rows: int | None = None
+    batch_size: int = 16
+    max_new_tokens: int = 128
+    precision: str = "auto"
+    max_length: int | None = None
+    chat_template: str | None = None
+    copy: bool = False
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The same questions for every model: examples, what is measured, and how answers are generated.
+
+    `packing` changes the speed of the loss only.
+    """
+
+    examples: Sequence[Example]
+    tokenizer: PreTrainedTokenizerBase
+    metrics: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    batch_size: int
+    max_new_tokens: int
+    packing: bool
+    progress: bool
+
+    @property
+    def references(self) -> list[str]:
+        """The right answers."""
+        return [example.answer for example in self.examples]
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One row of the table, and the answers behind it (none where only the loss was asked for)."""
+
+    result: dict[str, Any]
+    answers: list[str]
+
+
+def evaluate(
+    name: str, config: EvaluateConfig, base: str | None = None, device: str = "auto", progress: bool = False
+) -> dict[str, Any]:
+    """The document of `rankwise evaluate`: `results` with `base` and `adapter`, or the model's own name.
+
+    Raises: RequestError for a target, data file or metric that can't be used.
+    """
+    wanted = None if config.metrics is None else check_metrics(config.metrics)
+    target = find_target(name, base, device, config.chat_template)
+    file = data_file(target, config.data)
+    data = target.data_config(file)
+    if config.max_length is not None:
+        data = dataclasses.replace(data, max_length=config.max_length)
+    tokenizer = target_tokenizer(target)
+    loaded = load_examples(data.train, tokenizer, data)
+    for line in (*(f"note: {note}" for note in loaded.notes), *(f"warning: {text}" for text in loaded.warnings)):
+        print(line, file=sys.stderr)
+    exam = make_exam(loaded, data, tokenizer, wanted, config, progress)
+    opened = open_target(target, config.precision)
+    graded = [copied(exam)] if config.copy else []
+    if target.adapter is None:
+        graded.append(grade(opened.model, exam, target.name))
+    else:
+        with disabled(opened.model):
+            graded.append(grade(opened.model, exam, "base"))
+        graded.append(grade(opened.model, exam, "adapter"))
+    return {
+        "target": name, "kind": target.kind, "data": file, "rows": len(exam.examples), "precision": opened.precision,
+        "truncated": loaded.num_truncated, "warnings": list(loaded.warnings),
+        "results": [entry.result for entry in graded],
+    }  # fmt: skip
+
+
+def data_file(target: Target, given: str | None) -> str | list[str]:
+    """The file asked for, else the run's test file, else its valid file.
+
+    Raises: RequestError when there is none.
+    """
+    if given is not None:
+        return given
+    files = (target.data.test, target.data.valid) if target.data is not None else ()
+    found = next((file for file in files if file is not None), None)
+    if found is None:
+        raise RequestError(f"'{target.name}' has no test or valid file of its own; give one with --data")
+    return found
+
+
+def make_exam(
+    loaded: Loaded,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    metrics: tuple[str, ...] | None,
+    config: EvaluateConfig,
+    progress: bool,
+) -> Exam:
+    """The first rows as questions. Rows of plain text have no answers: then only the likelihood is measured.
+
+    Raises: RequestError when a metric of answers is asked for and a row has none.
+    """
+    examples = loaded.examples[: config.rows]
+    missing = next((example for example in examples if not example.prompt_ids), None)
+    if metrics is None:
+        metrics = LOSS_METRICS if missing else (*LOSS_METRICS, *METRICS)
+    compared = [name for name in metrics if name in METRICS]
+    if missing and compared:
+        raise RequestError(
+            f"metric '{compared[0]}' compares answers, and {missing.file}:{missing.line} is text without one; "
+            "ask for loss or perplexity"
+        )
+    if config.copy and not compared:
+        raise RequestError(f"--copy has no effect without a metric that compares answers ({', '.join(METRICS)})")
+    stop_ids = stop_token_ids(tokenizer, data) if compared else ()
+    return Exam(
+        examples, tokenizer, metrics, stop_ids, config.batch_size, config.max_new_tokens, data.packing, progress
+    )
+
+
+def grade(model: PreTrainedModel, exam: Exam, name: str) -> Graded:
+    """The model's figures under `name`: those of `exam.metrics`, in the order of the contract."""
+    figures: dict[str, float] = {}
+    if any(metric in LOSS_METRICS for metric in exam.metrics):
+        pad_id = exam.tokenizer.pad_token_id
+        assert isinstance(pad_id, int), "load_tokenizer gives every tokenizer a pad token"
+        found = measure_loss(model, exam.examples, pad_id, exam.batch_size, exam.packing, exam.progress)
+        figures = {"loss": found.loss, "perplexity": found.perplexity}
+    answers: list[str] = []
+    if any(metric in METRICS for metric in exam.metrics):
+        prompts = [example.prompt_ids for example in exam.examples]
+        answers = generate_answers(
+            model, exam.tokenizer, prompts, exam.max_new_tokens, exam.batch_size, exam.progress, exam.stop_ids
+        )
+        figures.update(score(answers, exam.references, exam.metrics))
+    return Graded({"target": name, **_asked(figures, exam.metrics)}, answers)
+
+
+def copied(exam: Exam) -> Graded:
+    """What repeating the input would score, without the instruction that all prompts share. It has no likelihood."""
+    answers = [example.source for example in exam.examples]
+    return Graded({"target": "copy", **_asked(score(answers, exam.references, exam.metrics), exam.metrics)}, answers)
+
+
+def _asked(figures: dict[str, float], metrics: Sequence[str]) -> dict[str, float]:
+    return {name: figures[name] for name in (*LOSS_METRICS, *METRICS) if name in figures and name in metrics}
+
+
+def with_rows(exam: Exam, rows: int) -> Exam:
+    """The same exam on its first rows."""
+    return dataclasses.replace(exam, examples=list(exam.examples)[:rows])

@@ -1,0 +1,119 @@
+"""Inspect: what an adapter folder holds, from its two files alone; the base is never loaded.
+
+The scaled update s B A of a layer has the singular values of s R_B R_A^T, where B = Q_B R_B and A^T = Q_A R_A: two thin
+QR factorisations and the SVD of an r x r matrix, whatever the size of the layer. `effective_rank` is exp of the entropy
+of the normalised singular values (Roy and Vetterli 2007, EUSIPCO, section 2), `norm` the Frobenius norm.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rankwise.adapters.config import LoraConfig
+from rankwise.adapters.lora import scale_of
+from rankwise.attach.checkpoint import read_config, read_tensors
+from rankwise.attach.peft_format import EMBEDDING_NAMES, WEIGHTS_FILE
+from rankwise.errors import RequestError
+from rankwise.recipes.output import RUN_FILE
+from rankwise.train.state import ADAPTER
+
+FACTOR_NAMES = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+"""Ends of PEFT's names of A and B: linear and convolution layers, embeddings."""
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One adapted layer. With DoRA, the update before its magnitudes, which need the base."""
+
+    name: str
+    rank: int
+    effective_rank: float
+    norm: float
+
+
+def inspect_adapter(name: str) -> dict[str, Any]:
+    """The document of `rankwise inspect` for an adapter folder, or the adapter of a run folder.
+
+    Raises: RequestError for a folder that is neither, or whose files are broken.
+    """
+    folder = Path(name).expanduser()
+    if (folder / RUN_FILE).is_file():
+        folder = folder / ADAPTER
+    config, tensors = read_config(folder), read_tensors(folder)
+    modules = [report(config, module, A, B) for module, (A, B) in factors(tensors, str(folder)).items()]
+    trained = [tensor for key, tensor in tensors.items() if is_trained(config, key)]
+    return {
+        "adapter": name,
+        "kind": "dora" if config.use_dora else config.kind,
+        "base": config.base_model_name_or_path,
+        "ranks": {module.name: module.rank for module in modules},
+        "trainable_parameters": sum(tensor.numel() for tensor in trained),
+        "file_bytes": (folder / WEIGHTS_FILE).stat().st_size,
+        "lora_alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
+        "modules": [asdict(module) for module in modules],
+    }
+
+
+def is_trained(config: LoraConfig, key: str) -> bool:
+    """Whether a tensor of the file was trained: all but the embeddings that are only saved along with the adapter."""
+    if key.endswith(".base_layer.weight"):
+        return False
+    module = key.removesuffix(".weight")
+    saved = any(module.endswith(name) for name in config.modules_to_save or ())
+    return saved or not (key.endswith(".weight") and module.rsplit(".", 1)[-1] in EMBEDDING_NAMES)
+
+
+def alpha_of(config: LoraConfig, module: str) -> float:
+    """The layer's alpha: the first pattern that fits the end of its name decides, as in PEFT."""
+    fitting = (alpha for pattern, alpha in config.alpha_pattern.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return float(next(fitting, config.lora_alpha))
+
+
+def factors(tensors: Mapping[str, Tensor], where: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of each layer, by the layer's name, in the order of the names.
+
+    Raises: RequestError when one of a pair is missing, or there is none at all.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for key in sorted(tensors):
+        for end_a, end_b in FACTOR_NAMES:
+            if key.endswith(end_a):
+                module = key.removesuffix(end_a)
+                if module + end_b not in tensors:
+                    raise RequestError(f"'{where}' has '{key}' without its '{end_b.lstrip('.')}'")
+                found[module] = (tensors[key], tensors[module + end_b])
+    if not found:
+        raise RequestError(f"'{where}' holds no low-rank factors")
+    return found
+
+
+def report(config: LoraConfig, module: str, A: Tensor, B: Tensor) -> ModuleReport:
+    """Rank, effective rank and norm of one layer's scaled update."""
+    rank = A.shape[0]
+    values = singular_values(A.flatten(1), B.flatten(1)) * scale_of(alpha_of(config, module), rank, config.use_rslora)
+    return ModuleReport(module, rank, effective_rank(values), float(values.square().sum().sqrt()))
+
+
+def singular_values(A: Float[Tensor, "r n"], B: Float[Tensor, "o r"]) -> Float[Tensor, "k"]:
+    """Singular values of B A, largest first, in fp64: at most r of them."""
+    _, right = torch.linalg.qr(A.double().T)
+    _, left = torch.linalg.qr(B.double())
+    return torch.linalg.svdvals(left @ right.T)
+
+
+def effective_rank(values: Float[Tensor, "k"]) -> float:
+    """Exp of the entropy of the normalised singular values; 0 for an update that is zero."""
+    total = values.sum()
+    if total == 0:
+        return 0.0
+    shares = values / total
+    return float(torch.special.entr(shares).sum().exp())

@@ -1,0 +1,99 @@
+"""Merge: a run or an adapter folder into an ordinary model folder, with its certificate."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from rankwise.data.loader import load_examples
+from rankwise.data.rows import expand
+from rankwise.errors import RequestError, did_you_mean
+from rankwise.export.certificate import MAX_PROBE_TOKENS
+from rankwise.export.merged import DTYPES, Merged, Probes, dtype_name, merge_to_folder
+from rankwise.models.load import resolve
+from rankwise.models.quiet import quietly
+from rankwise.recipes.target import Target, find_adapter, open_in, target_tokenizer
+
+PROBE_TOKENS_EACH = 64
+"""A probe from the data is cut here, so that the certificate sees several rows."""
+BUILT_IN = "built-in texts"
+
+TEXTS = (
+    "The capital of France is Paris, and the river that runs through it is the Seine.",
+    "Question: why does ice float on water?\nAnswer: because it is less dense than the liquid that it freezes from.",
+    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
+    "In 1905, at the age of 26, he published four papers; the third of them founded what we now call relativity.",
+    '{"name": "Ada", "languages": ["English", "French"], "born": 1815, "active": false}',
+    "Die Katze sitzt auf der Matte. Le chat est assis sur le tapis. El gato está sentado en la alfombra.",
+    "Once upon a time, in a village by the sea, there lived a carpenter who could not keep a secret.",
+    "12 + 30 = 42, 7 * 8 = 56, and the square root of two is about 1.41421.",
+)
+"""Probes for an adapter whose data is not known."""
+
+
+def merge(
+    adapter: str, out: str, dtype: str | None = None, base: str | None = None, device: str = "auto"
+) -> dict[str, Any]:
+    """The document of `rankwise merge`: `output`, `error`, `update_error`, `certificate`.
+
+    `dtype`: fp32, bf16 or fp16; None takes the base's own.
+
+    Raises: RequestError for a folder that exists, or an adapter that can't be read; WorkError when the merged model
+    differs from the adapter model by more than the bound (nothing is left on disk).
+    """
+    if Path(out).exists():
+        raise RequestError(f"output folder '{out}' exists; choose another, or remove it")
+    if dtype is not None and dtype not in DTYPES:
+        raise RequestError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}")
+    target = find_adapter(adapter, base, device)
+    merged = merge_target(target, out, dtype or stored_dtype(target), target_tokenizer(target))
+    return {
+        "output": str(merged.folder),
+        "error": merged.rounding.error,
+        "update_error": merged.rounding.update_error,
+        "certificate": merged.certificate.to_dict(),
+    }
+
+
+def merge_target(target: Target, out: str | Path, dtype: str, tokenizer: PreTrainedTokenizerBase) -> Merged:
+    """Loads the target in fp32 and merges it. Raises: as `merge`."""
+    probes = find_probes(target, tokenizer)
+    opened = open_in(target, torch.float32, "fp32")
+    return merge_to_folder(opened.model, opened.tokenizer, out, dtype, probes)
+
+
+def stored_dtype(target: Target) -> str:
+    """The dtype that the base's weights are stored in, by its configuration; fp32 where that does not say.
+
+    Raises: RequestError for one that can't be merged into.
+    """
+    with quietly():
+        config: Any = AutoConfig.from_pretrained(
+            resolve(target.model.name), revision=target.model.revision,
+            trust_remote_code=target.model.trust_remote_code,
+        )  # fmt: skip
+    return "fp32" if config.dtype is None else dtype_name(config.dtype)
+
+
+def find_probes(target: Target, tokenizer: PreTrainedTokenizerBase) -> Probes:
+    """Texts to compare on: rows of the run's test, valid or train file; built-in ones where none of them is here."""
+    files = (target.data.test, target.data.valid, target.data.train) if target.data is not None else ()
+    file = next((file for file in files if file is not None and _is_here(file)), None)
+    if target.data is None or file is None:
+        return Probes([tokenizer(text)["input_ids"] for text in TEXTS], BUILT_IN)
+    config = dataclasses.replace(target.data, train=file, valid=None, test=None)
+    examples = load_examples(file, tokenizer, config).examples[: MAX_PROBE_TOKENS // PROBE_TOKENS_EACH]
+    named = file if isinstance(file, str) else file[0]
+    return Probes([example.input_ids[:PROBE_TOKENS_EACH] for example in examples], Path(named).name)
+
+
+def _is_here(files: str | list[str]) -> bool:
+    """Whether data files can be found: a run may have been moved without them."""
+    try:
+        return bool(expand(files))
+    except RequestError:
+        return False

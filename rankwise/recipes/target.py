@@ -1,0 +1,189 @@
+"""What the user points at: a run folder, an adapter folder, a model folder, or a model's name; and how to load it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise.attach.checkpoint import load_adapter, read_config
+from rankwise.attach.peft_format import CONFIG_FILE
+from rankwise.data.config import DataConfig
+from rankwise.errors import RequestError, did_you_mean
+from rankwise.models.config import ModelConfig
+from rankwise.models.load import choose_device, load_model, load_tokenizer
+from rankwise.models.quiet import quietly
+from rankwise.recipes.output import RUN_FILE
+from rankwise.recipes.run import read_run
+from rankwise.train.precision import choose_precision
+from rankwise.train.state import ADAPTER
+
+MODEL_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that answers: a base model, and an adapter on it or not.
+
+    Args:
+        name: as the user wrote it.
+        kind: `run`, `adapter` or `model`.
+        model: the base.
+        adapter: the adapter's folder; None for a model.
+        data: the run's data section; None where no run is known.
+        chat_template: replaces the run's, or the default; None does not.
+    """
+
+    name: str
+    kind: str
+    model: ModelConfig
+    adapter: Path | None = None
+    data: DataConfig | None = None
+    chat_template: str | None = None
+
+    def data_config(self, file: str | list[str] | None = None) -> DataConfig:
+        """How rows (of `file`) become tokens: the run's own treatment, or the defaults, padded."""
+        config = DataConfig(train=file or "prompts", packing=False) if self.data is None else self.data
+        if file is not None:
+            config = dataclasses.replace(config, train=file, valid=None, test=None)
+        return config if self.chat_template is None else dataclasses.replace(config, chat_template=self.chat_template)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A target in memory: the model in evaluation mode, its adapter attached, and its tokenizer."""
+
+    target: Target
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    precision: str
+
+
+def find_target(name: str, base: str | None = None, device: str = "auto", chat_template: str | None = None) -> Target:
+    """What `name` is. `base` replaces the model that an adapter says it belongs to, `chat_template` the run's.
+
+    Raises: RequestError for a path that is not there, a folder that is none of these, or an adapter without a base.
+    """
+    target = _found(name, base, device)
+    return target if chat_template is None else dataclasses.replace(target, chat_template=chat_template)
+
+
+def _found(name: str, base: str | None, device: str) -> Target:
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise RequestError(f"'{name}' is a file; give its folder '{folder.parent}', or a model's name")
+    if not folder.is_dir():
+        if base is not None:
+            raise RequestError(f"there is no adapter folder '{name}', so --base {base} has no effect")
+        _check_name(name)
+        return Target(name, "model", ModelConfig(name, device))
+    if (folder / RUN_FILE).is_file():
+        return _run_target(name, folder, base, device)
+    if (folder / CONFIG_FILE).is_file():
+        return _adapter_target(name, folder, base, device)
+    if (folder / MODEL_FILE).is_file():
+        if base is not None:
+            raise RequestError(f"'{name}' is a model, not an adapter, so --base {base} has no effect")
+        return Target(name, "model", ModelConfig(str(folder), device))
+    inside = sorted(entry.name for entry in folder.iterdir())
+    raise RequestError(
+        f"'{name}' is no run ({RUN_FILE}), adapter ({CONFIG_FILE}) or model ({MODEL_FILE}); it holds "
+        + (", ".join(inside[:6]) or "nothing")
+    )
+
+
+def find_adapter(name: str, base: str | None = None, device: str = "auto") -> Target:
+    """As `find_target`, where only a run or an adapter will do.
+
+    Raises: RequestError for anything else.
+    """
+    if not Path(name).expanduser().exists():
+        raise RequestError(f"there is no run or adapter folder '{name}'{_near(Path(name).expanduser())}")
+    target = find_target(name, base, device)
+    if target.adapter is None:
+        raise RequestError(f"'{name}' is a model without an adapter; give a run folder or an adapter folder")
+    return target
+
+
+def _check_name(name: str) -> None:
+    """A name that can only be a path must be there; whether a Hub id exists shows when it is loaded."""
+    path = Path(name).expanduser()
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise RequestError(f"there is no folder '{name}'{_near(path)}")
+    if path.parent.is_dir() and "/" in name:
+        raise RequestError(f"there is no folder '{name}'{_near(path)}")
+
+
+def _near(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; nor is there '{path.parent}'"
+    return did_you_mean(path.name, sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir()))
+
+
+def _run_target(name: str, folder: Path, base: str | None, device: str) -> Target:
+    run = read_run(folder / RUN_FILE)
+    adapter = folder / ADAPTER
+    if not (adapter / CONFIG_FILE).is_file():
+        raise RequestError(
+            f"the run '{name}' has no adapter yet; finish it with `rankwise train {folder / RUN_FILE} --resume`"
+        )
+    model = dataclasses.replace(run.model, device=device) if base is None else ModelConfig(base, device)
+    return Target(name, "run", model, adapter, run.data)
+
+
+def _adapter_target(name: str, folder: Path, base: str | None, device: str) -> Target:
+    """An adapter folder; inside a run's folder it has the run's base and data treatment."""
+    run_file = folder.absolute().parent / RUN_FILE
+    if folder.absolute().name == ADAPTER and run_file.is_file():
+        return dataclasses.replace(_run_target(name, run_file.parent, base, device), kind="adapter", adapter=folder)
+    config = read_config(folder)
+    if base is not None:
+        return Target(name, "adapter", ModelConfig(base, device), folder)
+    stated = config.base_model_name_or_path
+    if not stated:
+        raise RequestError(f"the adapter '{name}' does not name its base model; give it with --base")
+    if stated.startswith(os.sep) and not Path(stated).is_dir():
+        raise RequestError(f"the base model of '{name}' is not at '{stated}' any more; give it with --base")
+    return Target(name, "adapter", ModelConfig(stated, device, revision=config.revision), folder)
+
+
+def open_target(target: Target, precision: str = "auto") -> Opened:
+    """Loads the model in `precision` (fp32, bf16, auto), attaches the adapter, and finds the tokenizer.
+
+    Raises: RequestError for what can't be loaded.
+    """
+    chosen = choose_precision(precision, choose_device(target.model.device))
+    return open_in(target, chosen.dtype, chosen.name)
+
+
+def open_in(target: Target, dtype: torch.dtype, precision: str) -> Opened:
+    """As `open_target`, in a dtype that has been chosen; `precision` is its name."""
+    tokenizer = target_tokenizer(target)
+    model = load_model(target.model, dtype)
+    if target.adapter is not None:
+        load_adapter(model, target.adapter)
+        model.eval()
+    return Opened(target, model, tokenizer, precision)
+
+
+def target_tokenizer(target: Target) -> PreTrainedTokenizerBase:
+    """The tokenizer in the adapter's folder, where there is one (an adapter may change the vocabulary or the chat
+    template), else the base's. Always with a pad token.
+
+    Raises: RequestError for what can't be loaded.
+    """
+    if target.adapter is None or not (target.adapter / TOKENIZER_FILE).is_file():
+        return load_tokenizer(target.model)
+    try:
+        with quietly():
+            tokenizer = AutoTokenizer.from_pretrained(target.adapter)
+    except (OSError, ValueError, ImportError) as error:
+        raise RequestError(f"the tokenizer in '{target.adapter}' cannot be loaded: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = load_tokenizer(target.model).pad_token
+    return tokenizer

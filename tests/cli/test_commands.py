@@ -1,0 +1,262 @@
+"""Each command from its line to its document, exit code and output for people, on a tiny run."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rankwise.cli.main import main
+from rankwise.export import certificate
+from tests.recipes.trained import rows, run_document, save_model, trained_run, write_rows
+
+PRECISION = ["--precision", "fp32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return trained_run(tmp_path_factory.mktemp("commands"))
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs a line with and without --json: exit code, document, text for people, stderr."""
+
+    def called(*argv, json_only: bool = False):
+        capsys.readouterr()
+        code = main([*map(str, argv), "--json"])
+        out, err = capsys.readouterr()
+        document = json.loads(out)
+        if json_only:
+            return code, document, "", err
+        assert main([*map(str, argv)]) == code
+        return code, document, capsys.readouterr().out, err
+
+    return called
+
+
+def check_failure(call, code: int, message: str, *argv):
+    found, document, text, err = call(*argv)
+    assert found == code and list(document) == ["error"] and text == ""
+    assert document["error"]["code"] == code and message in document["error"]["message"]
+    lines = [line for line in err.splitlines() if line.startswith("rankwise: error:")]
+    assert lines == [f"rankwise: error: {document['error']['message']}"] and "Traceback" not in err
+
+
+# --- evaluate ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate(call, run):
+    code, document, text, _ = call("evaluate", run, "--max-new-tokens", 4, *PRECISION)
+    assert code == 0 and [row["target"] for row in document["results"]] == ["base", "adapter"]
+    assert list(document["results"][0]) == ["target", "loss", "perplexity", "chrf", "bleu", "rouge_l", "exact_match"]
+    for word in ("base", "adapter", "loss", "chrF", "BLEU", "ROUGE-L", "exact match"):
+        assert word in text
+
+
+@pytest.mark.parametrize("words", [["loss", "chrf"], ["loss,chrf"]])
+def test_evaluate_metrics_rows_and_data(call, run, words):
+    data = run.parent / "train.jsonl"
+    argv = ["evaluate", "--metrics", *words, "--rows", 3, "--data", data, "--batch-size", 2, "--copy", *PRECISION]
+    code, document, _, _ = call(*argv, run, json_only=True)
+    assert code == 0 and document["rows"] == 3 and document["data"] == str(data)
+    assert [list(row) for row in document["results"]] == [["target", "chrf"], *[["target", "loss", "chrf"]] * 2]
+
+
+def test_evaluate_a_model(call, run):
+    model = run.parent / "model"
+    argv = ["evaluate", model, "--data", run.parent / "valid.jsonl", "--metrics", "loss", *PRECISION]
+    code, document, _, _ = call(*argv, json_only=True)
+    assert code == 0 and [row["target"] for row in document["results"]] == [str(model)]
+
+
+def test_evaluate_refuses(call, run, tmp_path):
+    check_failure(call, 2, "unknown metric 'blue'; did you mean 'bleu'", "evaluate", run, "--metrics", "blue")
+    check_failure(call, 2, "did you mean 'valid.jsonl'", "evaluate", run, "--data", run.parent / "vaild.jsonl")
+    check_failure(call, 2, "there is no folder", "evaluate", run.parent / "rum", "--data", "x.jsonl")
+    check_failure(call, 2, "give one with --data", "evaluate", run.parent / "model")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a", "completion": "b"}\nnot json\n')
+    check_failure(call, 2, "broken.jsonl:2", "evaluate", run, "--data", broken)
+    check_failure(call, 2, "model.device 'gpu' is not a device", "evaluate", run, "--device", "gpu")
+
+
+# --- merge ---------------------------------------------------------------------------------------------------------
+
+
+def test_merge(call, run, tmp_path):
+    code, document, _, err = call("merge", run, "--out", tmp_path / "m", "--dtype", "bf16", json_only=True)
+    assert code == 0 and document["output"] == str(tmp_path / "m") and 0 < document["error"] < 0.01
+    assert {"dtype", "max_abs_diff", "mean_abs_diff", "kl"} <= set(document["certificate"])
+    assert document["certificate"]["dtype"] == "bf16" and err == ""
+    assert (tmp_path / "m" / "merge_certificate.json").is_file()
+
+
+def test_in_a_process_of_its_own_stdout_is_json_alone(run, tmp_path):
+    """Whatever libraries print (progress of writing and loading, notices) stays off stdout."""
+    command = [sys.executable, "-m", "rankwise", "merge", str(run), "--out", str(tmp_path / "m"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0 and json.loads(done.stdout)["output"] == str(tmp_path / "m")
+    assert done.stderr == ""
+
+
+def test_merge_for_people(run, tmp_path, capsys):
+    assert main(["merge", str(run / "adapter"), "--out", str(tmp_path / "m")]) == 0
+    text = capsys.readouterr().out
+    assert str(tmp_path / "m") in text and "certificate: KL" in text and "rounding: 0.0e+00" in text
+
+
+def test_merge_refuses(call, run, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    check_failure(call, 2, "exists; choose another", "merge", run, "--out", tmp_path / "there")
+    check_failure(call, 2, "no run or adapter folder", "merge", tmp_path / "nope", "--out", tmp_path / "m")
+    check_failure(call, 2, "model without an adapter", "merge", run.parent / "model", "--out", tmp_path / "m")
+    monkeypatch.setitem(certificate.KL_BOUNDS, "bf16", 0.0)
+    argv = ["merge", run, "--out", tmp_path / "m", "--dtype", "bf16"]
+    check_failure(call, 1, "its folder was removed; merge with --dtype fp32", *argv)
+    assert not (tmp_path / "m").exists()
+
+
+# --- generate and chat ---------------------------------------------------------------------------------------------
+
+
+def test_generate(call, run):
+    argv = ["generate", run, "--prompt", "Capitals: oak", "Capitals: elm", "--max-new-tokens", 5, *PRECISION]
+    code, document, text, _ = call(*argv)
+    assert code == 0 and [row["prompt"] for row in document["results"]] == ["Capitals: oak", "Capitals: elm"]
+    assert text.startswith("> Capitals: oak\n" + document["results"][0]["answer"])
+    code, document, text, _ = call(
+        "generate", run.parent / "model", "--prompt", "hi", "--max-new-tokens", 5, *PRECISION
+    )
+    assert text == document["results"][0]["answer"] + "\n"
+
+
+def test_generate_refuses(call, run):
+    check_failure(call, 2, "prompt 1 is empty", "generate", run, "--prompt", "")
+    check_failure(call, 2, "does not fit into the model's 512", "generate", run, "--prompt", "x" * 600)
+    check_failure(call, 2, "is a file; give its folder", "generate", run / "run.yaml", "--prompt", "hi")
+
+
+LINES = "hello\n\n/nope\n/base\n/base\n" + "too long " * 80 + "\nagain\n/quit\nnever read\n"
+
+
+def test_chat(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(LINES))
+    assert main(["chat", str(run), "--system", "Be brief.", "--max-new-tokens", "4", *PRECISION, "--json"]) == 0
+    out, err = capsys.readouterr()
+    messages = json.loads(out)["messages"]
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert messages[3]["content"] == "again"
+    assert "does not fit into the model's 512 positions" in err, "said, and the conversation goes on"
+    assert "unknown '/nope'" in err and "(base alone)" in err and "(with the adapter)" in err
+
+
+def test_chat_prints_answers_and_ends_with_the_input(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/reset\nhello\n"))
+    assert main(["chat", str(run), "--max-new-tokens", "4", *PRECISION]) == 0
+    first, second = capsys.readouterr().out.split("\n")[:2]
+    assert first == second
+
+
+# --- inspect -------------------------------------------------------------------------------------------------------
+
+
+def test_inspect(call, run):
+    code, document, text, _ = call("inspect", run / "adapter")
+    assert code == 0
+    assert {"kind", "base", "ranks", "trainable_parameters", "file_bytes", "modules"} <= set(document)
+    assert list(document["modules"][0]) == ["name", "rank", "effective_rank", "norm"] and len(document["modules"]) == 14
+    assert "q_proj" in text and f"{document['trainable_parameters']:,} parameters" in text
+    assert call("inspect", run, json_only=True)[1]["modules"] == document["modules"]
+
+
+def test_inspect_refuses(call, run, tmp_path):
+    check_failure(call, 2, "is not an adapter", "inspect", tmp_path)
+    copied = shutil.copytree(run / "adapter", tmp_path / "a")
+    (copied / "adapter_model.safetensors").write_bytes(b"torn")
+    check_failure(call, 2, "torn or not a safetensors file", "inspect", copied)
+
+
+# --- train and data preview, through the command -------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_file(tmp_path) -> Path:
+    document = run_document(tmp_path, save_model(tmp_path / "model"))
+    path = tmp_path / "first.yaml"
+    path.write_text(json.dumps(document))  # JSON is YAML
+    return path
+
+
+def test_train(call, run_file, tmp_path):
+    code, document, _, err = call("train", run_file, "train.steps=3", json_only=True)
+    fields = {
+        "output", "steps", "final_loss", "best_valid_loss", "tokens_per_s", "peak_memory_bytes",
+        "trainable_parameters", "resumed_from",
+    }  # fmt: skip
+    assert code == 0 and fields <= set(document) and document["steps"] == 3 and document["resumed_from"] is None
+    assert "training" in err
+    check_failure(call, 2, "exists; choose another output, or go on", "train", run_file)
+    check_failure(call, 2, "did you mean 'train.lr'", "train", run_file, "train.lrr=1", f"output={tmp_path}/other")
+
+
+def test_flags_may_stand_between_values(call, run_file):
+    code, document, _, _ = call("train", run_file, "--resume", "train.steps=2", json_only=True)
+    assert code == 0 and document["steps"] == 2
+
+
+def test_data_preview(call, run_file):
+    code, document, text, _ = call("data", "preview", run_file, "--rows", 2)
+    fields = {"rows", "tokens", "trained_tokens", "truncated", "duplicates", "leaks", "problems", "examples"}
+    assert code == 0 and fields <= set(document) and document["rows"] == 16 and len(document["examples"]) == 2
+    assert set(document["examples"][0]) >= {"text", "trained_spans"} and "Capitals" in text
+
+
+def test_data_preview_of_broken_rows(call, run_file, tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps(rows(1)[0]) + "\n{oops\n")
+    code, document, _, err = call("data", "preview", run_file, json_only=True)
+    assert code == 2 and document["error"]["code"] == 2
+    assert [(p["file"], p["line"]) for p in document["problems"]] == [(str(tmp_path / "train.jsonl"), 2)]
+    assert err.splitlines()[-1] == f"rankwise: error: {document['error']['message']}"
+
+
+# --- demo ----------------------------------------------------------------------------------------------------------
+
+
+def test_demo_refuses(call, tmp_path, run):
+    check_failure(call, 2, "exists; choose another folder", "demo", "--quick", "--output", tmp_path)
+    check_failure(
+        call, 2, "there is no such folder", "demo", "--quick", "--output", tmp_path / "d", "--model", "./nope"
+    )
+    assert not (tmp_path / "d").exists()
+
+
+def test_demo(call, tmp_path, run, monkeypatch):
+    from rankwise.recipes import demo as room
+
+    tiny_plan = room.DemoPlan(
+        steps=2,
+        batch_size=2,
+        micro_batch_size=2,
+        r=2,
+        evaluate_every=None,
+        test_rows=2,
+        max_length=400,
+        max_new_tokens=3,
+    )
+    monkeypatch.setitem(room.PLANS, "quick", tiny_plan)
+    argv = ["demo", "--quick", "--output", tmp_path / "d", "--model", run.parent / "model", "--device", "cpu"]
+    code, document, _, err = call(*argv, json_only=True)
+    assert code == 0 and document["output"] == str(tmp_path / "d")
+    assert [row["target"] for row in document["results"]] == ["copy", "base", "adapter", "merged"]
+    assert "turn archaic English into modern English" in err
+
+
+def test_bad_rows_of_several_files_in_one_line(call, run, tmp_path):
+    data = write_rows(tmp_path / "bad.jsonl", [{"prompt": 1, "completion": "x"}, {"prompt": "a", "completion": ""}])
+    check_failure(call, 2, "bad.jsonl", "evaluate", run, "--data", data)
