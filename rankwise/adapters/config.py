@@ -66,6 +66,8 @@ class LoraConfig:
             raise RequestError("target_modules is empty; name layers, give a regular expression, or 'all-linear'")
         if self.layers_pattern and self.layers_to_transform is None:
             raise RequestError("layers_pattern has no effect without layers_to_transform; set it or drop the pattern")
+        if self.layers_to_transform == []:
+            raise RequestError("layers_to_transform is empty; name layer numbers, or leave it out to adapt every layer")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise RequestError(
                 f"layers_to_transform has no effect with target_modules={self.target_modules!r}; list the layers' "
@@ -115,6 +117,6 @@ def _positive_rank(name: str, rank: int) -> None:
         raise RequestError(f"{name} must be a positive whole number, not {rank!r}; to leave a layer out, exclude it")
 
 
-def _nonzero_alpha(name: str, alpha: float) -> None:
+def _nonzero_alpha(name: str, alpha: int | float) -> None:
     if not alpha > 0:
         raise RequestError(f"{name} must be above 0, not {alpha!r}: at 0 the adapter can never change anything")

@@ -4,6 +4,9 @@ Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353
 the backward pass (section 4.3). Dropout acts on the low-rank path only.
 """
 
+# torch.linalg has no type stubs.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from typing import final
@@ -11,6 +14,7 @@ from typing import final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import override
 
 from rankwise.adapters.base import AdapterLayer
 from rankwise.adapters.layers import ConvolutionKind, LayerKind
@@ -38,10 +42,12 @@ class DoraLayer(AdapterLayer):
             self.magnitude.copy_(self._norm())
 
     @property
+    @override
     def rank(self) -> int:
         return self.factors.rank
 
     @property
+    @override
     def holds_start(self) -> bool:
         return self.factors.start_A is not None
 
@@ -64,24 +70,29 @@ class DoraLayer(AdapterLayer):
         change = self.factors.change(self.base, x, self.training).to(y.dtype)
         return y + kind.spread(gain - 1.0, y) * unbiased + kind.spread(gain, y) * change
 
+    @override
     def delta_weight(self) -> Float[Tensor, "..."]:
         directed = self._directed()
         gain = self.magnitude / torch.linalg.vector_norm(directed, dim=1).detach()
         delta = gain[:, None] * directed - self.factors.kind.matrix(self.weight.detach()).float()
         return self.factors.kind.weight(delta, self.base)
 
+    @override
     def resize_(self, rank: int, generator: torch.Generator | None = None) -> float:
         return self.factors.resize_(rank, generator)
 
     def low_rank(self) -> None:
         """None: the change is not a low-rank one."""
 
+    @override
     def to_peft(self) -> dict[str, Tensor]:
         return {**self.factors.to_peft(), MAGNITUDE: self.magnitude.detach()}
 
+    @override
     def peft_shapes(self) -> dict[str, tuple[int, ...]]:
         return {**self.factors.peft_shapes(), MAGNITUDE: tuple(self.magnitude.shape)}
 
+    @override
     def from_peft(self, tensors: dict[str, Tensor]) -> None:
         self.factors.from_peft(tensors)
         with torch.no_grad():

@@ -4,6 +4,9 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106
 Legend: o outputs, n inputs of the layer's matrix view, r rank, s scale (alpha/r, or alpha/sqrt(r) with `use_rslora`).
 """
 
+# torch.linalg has no type stubs.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import math
@@ -15,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import override
 
 from rankwise.adapters.base import AdapterLayer, LowRank
 from rankwise.adapters.config import LoraConfig, start_iterations, start_name
@@ -28,21 +32,21 @@ class LayerSettings:
     """What one layer is given: its own rank and alpha, and the shared settings."""
 
     r: int
-    lora_alpha: float
+    lora_alpha: int | float
     use_rslora: bool = False
     lora_dropout: float = 0.0
     init_lora_weights: bool | str = True
     init_scale: float = 1.0
 
     @staticmethod
-    def of(config: LoraConfig, r: int, lora_alpha: float) -> LayerSettings:
+    def of(config: LoraConfig, r: int, lora_alpha: int | float) -> LayerSettings:
         """The settings of one layer under `config`."""
         return LayerSettings(
             r, lora_alpha, config.use_rslora, config.lora_dropout, config.init_lora_weights, config.init_scale
         )
 
 
-def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
+def scale_of(alpha: int | float, rank: int, use_rslora: bool) -> float:
     """s: alpha/r, or alpha/sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2)."""
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
@@ -50,10 +54,10 @@ def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
 class Factors(nn.Module):
     """A and B of one layer with their scale, and the frozen start that is subtracted, if there is one."""
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    start_A: Tensor | None
-    start_B: Tensor | None
+    lora_A: nn.Parameter  # noqa: N815 (the paper's names, and PEFT's)
+    lora_B: nn.Parameter  # noqa: N815
+    start_A: Tensor | None  # noqa: N815
+    start_B: Tensor | None  # noqa: N815
 
     def __init__(self, base: nn.Module, kind: LayerKind, settings: LayerSettings, name: str) -> None:
         super().__init__()
@@ -73,12 +77,12 @@ class Factors(nn.Module):
 
     @property
     def rank(self) -> int:
-        """r."""
+        """The rank, r."""
         return self.lora_A.shape[0]
 
     @property
     def scale(self) -> float:
-        """s."""
+        """The scale, s."""
         return scale_of(self.alpha, self.rank, self.use_rslora)
 
     def start_(self, base: nn.Module, settings: LayerSettings, generator: torch.Generator | None = None) -> None:
@@ -95,17 +99,15 @@ class Factors(nn.Module):
         if not self.kind.drops_input and name in {"kaiming", "gaussian"}:
             start = zero_table
         A, B = start(request)
-        if settings.init_scale != 1.0:
-            grown = math.sqrt(settings.init_scale)
-            A, B = (A, B * grown) if start is zero_table else (A * grown, B)
         with torch.no_grad():
             self.lora_A.copy_(A.reshape(self.lora_A.shape))
             self.lora_B.copy_(B.reshape(self.lora_B.shape))
+            (self.lora_B if start is zero_table else self.lora_A).mul_(math.sqrt(settings.init_scale))
         if name in TAKEN_FROM_BASE:
             self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
     def change(self, base: nn.Module, x: Tensor, training: bool) -> Tensor:
-        """s B A dropout(x), less the frozen start, in the dtype of the base's output."""
+        """The change s B A dropout(x), less the frozen start, in the dtype of the base's output."""
         if self.kind.drops_input:
             x = F.dropout(x, self.dropout, training)
             dtype = x.dtype
@@ -132,7 +134,7 @@ class Factors(nn.Module):
         return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
 
     def delta(self) -> Float[Tensor, "o n"]:
-        """s B A as a matrix, in fp32."""
+        """The change s B A as a matrix, in fp32."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
             delta = self.lora_B.flatten(1) @ self.lora_A.flatten(1)
             if self.start_A is not None and self.start_B is not None:
@@ -145,12 +147,10 @@ class Factors(nn.Module):
             raise RequestError(f"rank of '{self._name}' must be a positive whole number, not {rank!r}")
         old_scale, new_scale = self.scale, scale_of(self.alpha, rank, self.use_rslora)
         with torch.no_grad():
-            if rank >= self.rank:
-                A, B, error = self._grown(rank, old_scale / new_scale, generator)
-            else:
-                A, B, error = self._shrunk(rank, old_scale / new_scale)
+            ratio, grows = old_scale / new_scale, rank >= self.rank
+            A, B, error = self._grown(rank, ratio, generator) if grows else self._shrunk(rank, ratio)
             if self.start_B is not None:
-                self.start_B = self.start_B * (old_scale / new_scale)
+                self.start_B = self.start_B * ratio
         self.lora_A = nn.Parameter(A, requires_grad=self.lora_A.requires_grad)
         self.lora_B = nn.Parameter(B, requires_grad=self.lora_B.requires_grad)
         return error
@@ -213,10 +213,12 @@ class LoraLayer(AdapterLayer):
         self.factors.start_(self.base, settings, generator)
 
     @property
+    @override
     def rank(self) -> int:
         return self.factors.rank
 
     @property
+    @override
     def holds_start(self) -> bool:
         return self.factors.start_A is not None
 
@@ -227,20 +229,26 @@ class LoraLayer(AdapterLayer):
             return y
         return y + self.factors.change(self.base, x, self.training).to(y.dtype)
 
+    @override
     def delta_weight(self) -> Float[Tensor, "..."]:
         return self.factors.kind.weight(self.factors.delta(), self.base)
 
+    @override
     def resize_(self, rank: int, generator: torch.Generator | None = None) -> float:
         return self.factors.resize_(rank, generator)
 
+    @override
     def low_rank(self) -> LowRank:
         return self.factors.low_rank()
 
+    @override
     def to_peft(self) -> dict[str, Tensor]:
         return self.factors.to_peft()
 
+    @override
     def peft_shapes(self) -> dict[str, tuple[int, ...]]:
         return self.factors.peft_shapes()
 
+    @override
     def from_peft(self, tensors: dict[str, Tensor]) -> None:
         self.factors.from_peft(tensors)

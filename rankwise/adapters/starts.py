@@ -6,6 +6,9 @@ and adds s (B A - B0 A0), which is zero to the last bit at the start.
 Legend: o outputs, n inputs of the layer's matrix view, r rank, s scale.
 """
 
+# torch.linalg has no type stubs.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import math
@@ -83,13 +86,14 @@ def pissa(request: StartRequest) -> Start:
     """
     _needs_rank(request, "pissa")
     W = request.matrix()
-    if request.iterations is None:
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    if request.iterations is not None:
+        parts = torch.svd_lowrank(W, q=request.rank, niter=request.iterations)
     else:
-        U, S, V = torch.svd_lowrank(W, q=request.rank, niter=request.iterations)
-        Vh = V.T
+        left, values, right = torch.linalg.svd(W, full_matrices=False)
+        parts = left, values, right.T
+    U, S, V = parts
     root = torch.sqrt(S[: request.rank] / request.scale)
-    return root[:, None] * Vh[: request.rank], U[:, : request.rank] * root
+    return (V[:, : request.rank] * root).T.contiguous(), U[:, : request.rank] * root
 
 
 def olora(request: StartRequest) -> Start:

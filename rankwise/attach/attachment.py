@@ -1,7 +1,7 @@
 """What an attached model remembers: its configuration, and the parameters that stand in for the base's own.
 
-Biases, modules trained whole and replaced embeddings are not wrapped: the module's parameter is exchanged for a copy, and
-the original waits here, so the model's names and forwards stay as they are and `disabled` can put it back.
+Biases, modules trained whole and replaced embeddings are not wrapped: the module's parameter is exchanged for a copy,
+and the original waits here, so the model's names and forwards stay as they are and `disabled` can put it back.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rankwise.adapters.base import AdapterLayer
 from rankwise.adapters.config import LoraConfig
+from rankwise.adapters.tokens import TiedTokenRows, TokenRows
 from rankwise.errors import RequestError
 
 ATTRIBUTE = "rankwise_attachment"
@@ -36,6 +37,10 @@ class Attachment(nn.Module):
         self.exchanged: dict[str, bool] = {}
         """Full names of the exchanged parameters and buffers, in order, and whether they are trained."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Gives `x` back: an attached `nn.Sequential` calls all its children, and this is one."""
+        return x
+
     def exchange(self, model: nn.Module, name: str, trainable: bool) -> None:
         """Puts a copy of `model`'s parameter or buffer `name` in its place and keeps the original.
 
@@ -48,7 +53,7 @@ class Attachment(nn.Module):
             copy = nn.Parameter(original.detach().clone(), requires_grad=trainable)
             if not trainable:
                 for other in self.exchanged:
-                    if self._parameters.get(_key(other)) is original:
+                    if not self.exchanged[other] and self._parameters.get(_key(other)) is original:
                         copy = cast(nn.Parameter, self.current(model, other))
             owner._parameters[leaf] = copy
             self.register_parameter(_key(name), original)
@@ -71,8 +76,16 @@ class Attachment(nn.Module):
             else:
                 owner._buffers[leaf], self._buffers[_key(name)] = self._buffers[_key(name)], owner._buffers[leaf]
 
+    def waiting(self, name: str) -> Tensor:
+        """Of the two tensors of `name`, the one that is not in place now: the original, unless inside `disabled`."""
+        waiting = self._parameters.get(_key(name), self._buffers.get(_key(name)))
+        assert waiting is not None
+        return waiting
+
     def current(self, model: nn.Module, name: str) -> Tensor:
-        """The tensor that stands in for the original `name`."""
+        """The tensor that stands in for the original `name`, inside `disabled` as well."""
+        if not self.active:
+            return self.waiting(name)
         owner, leaf = owner_of(model, name)
         tensor = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
         assert tensor is not None
@@ -113,6 +126,23 @@ def need_attachment(model: nn.Module) -> Attachment:
     return attachment
 
 
+def need_active(model: nn.Module, action: str) -> Attachment:
+    """As `need_attachment`. Raises: RequestError inside `disabled` too, where the adapter can't be taken out."""
+    attachment = need_attachment(model)
+    if not attachment.active:
+        raise RequestError(f"can't {action} inside `disabled`; leave the block first")
+    return attachment
+
+
+def file_name(model: nn.Module, name: str) -> str:
+    """A base tensor's name in PEFT's file: inside a wrapped layer it moves below `base_layer`."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if isinstance(owner, (TokenRows, TiedTokenRows)):
+        return f"{path}.token_adapter.base_layer.{leaf}"
+    return f"{path}.base_layer.{leaf}" if isinstance(owner, AdapterLayer) else name
+
+
 @final
 class AdapterSaver:
     """Stands in for `save_pretrained` of an attached model: writes the adapter folder.
@@ -137,7 +167,9 @@ class AdapterSaver:
         if push_to_hub:
             raise RequestError("push_to_hub=True: call push_to_hub(repo_id) of the attached model instead")
         if not safe_serialization:
-            raise RequestError("safe_serialization=False would write a pickle file; adapters are saved as safetensors only")
+            raise RequestError(
+                "safe_serialization=False would write a pickle file; adapters are saved as safetensors only"
+            )
         if is_main_process:
             self.save(self.model, str(save_directory))
 
@@ -186,3 +218,11 @@ class VocabularyGuard:
             f"resize_token_embeddings({new_num_tokens}) on an attached model would replace adapted layers; "
             "detach, resize, and attach again"
         )
+
+
+@final
+class TieGuard:
+    """Stands in for `tie_weights` of an attached model: what is tied is so already, and an adapter may part it."""
+
+    def __call__(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+        """Does nothing: transformers would put base weights where wrapped or trained ones are."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankwise.adapters.base import AdapterLayer
-from rankwise.adapters.config import LoraConfig
+from rankwise.adapters.config import LoraConfig, start_name
 from rankwise.adapters.lora import LayerSettings
+from rankwise.adapters.starts import TAKEN_FROM_BASE
 from rankwise.adapters.table import ADAPTERS, adapter_name
 from rankwise.adapters.tokens import TiedTokenRows, TokenRows
 from rankwise.attach.attachment import (
@@ -21,8 +22,10 @@ from rankwise.attach.attachment import (
     AdapterPusher,
     AdapterSaver,
     Attachment,
+    TieGuard,
     VocabularyGuard,
     attachment_of,
+    need_active,
     need_attachment,
 )
 from rankwise.attach.targets import (
@@ -55,18 +58,21 @@ def inject(model: Model, config: LoraConfig, generator: torch.Generator | None, 
     """As `attach`; with `start=False` the factors are left unfilled, for a checkpoint to fill."""
     _refuse_attached(model)
     config = with_task_heads(config)
-    targets = find_targets(model, config)
-    whole = modules_to_save(model, config)
+    targets = find_targets(model, config, strict=start)
+    whole = modules_to_save(model, config, strict=start)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         layers: dict[str, AdapterLayer] = {}
         for target in targets:
             settings = LayerSettings.of(config, target.r, target.lora_alpha)
             layer = ADAPTERS[adapter_name(config)](target.module, target.kind, settings, target.name)
-            if start or config.init_lora_weights not in (True, "gaussian", "orthogonal", False):
+            if start or start_name(config.init_lora_weights) in TAKEN_FROM_BASE:
                 layer.start_(settings, generator)
             layers[target.name] = layer
         layers.update(_token_rows(model, config, layers))
+        _check_once(whole, layers)
+        exchanged = _biases(model, config, [target.name for target in targets], strict=start)
+        exchanged += [name for module_name in whole for name in _tensor_names(model, module_name)]
     except BaseException:
         _restore_flags(model, flags)
         raise
@@ -79,10 +85,8 @@ def inject(model: Model, config: LoraConfig, generator: torch.Generator | None, 
             parameter.requires_grad_(True)
     replace_modules(model, {layer.base: layer for layer in layers.values()})
     model.add_module(ATTRIBUTE, attachment)
-    _exchange_biases(model, attachment, list(layers))
-    for module_name in whole:
-        for name in _tensor_names(model, module_name):
-            attachment.exchange(model, name, trainable=True)
+    for name in dict.fromkeys(exchanged):
+        attachment.exchange(model, name, trainable=True)
     if isinstance(model, PreTrainedModel):
         guard_methods(model)
     if attachment.share_left_out > 0.01:
@@ -93,8 +97,10 @@ def inject(model: Model, config: LoraConfig, generator: torch.Generator | None, 
     return model
 
 
-def replace_modules(model: nn.Module, replacements: dict[nn.Module, AdapterLayer] | dict[AdapterLayer, nn.Module]) -> None:
-    """Puts the replacement wherever a module of `replacements` stands in the tree: a shared module has several places."""
+def replace_modules(
+    model: nn.Module, replacements: Mapping[nn.Module, AdapterLayer] | Mapping[AdapterLayer, nn.Module]
+) -> None:
+    """Puts the replacement wherever a module of `replacements` stands in the tree: a shared module has several."""
     for parent in list(model.modules()):
         if parent in replacements:
             continue  # a wrapper's own `base`
@@ -106,7 +112,8 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, AdapterLayer
 def _refuse_attached(model: nn.Module) -> None:
     if attachment_of(model) is not None:
         raise RequestError(
-            f"an adapter is attached to this {type(model).__name__} already; detach or merge it first, or load another in place"
+            f"an adapter is attached to this {type(model).__name__} already; detach or merge it first, or load another "
+            "in its place"
         )
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise RequestError("this model holds PEFT layers; unload or merge them first (model.unload())")
@@ -128,10 +135,14 @@ def _token_rows(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterL
     names = {module: name for name, module in model.named_modules()}
     modules = {name: module for module, name in names.items()}
     wanted = config.trainable_token_indices
+    ends = embedding_ends(model)
     if isinstance(wanted, list):
-        if not isinstance(model, PreTrainedModel):
-            raise RequestError("trainable_token_indices as a list needs a transformers model; name the embedding instead")
-        wanted = {names[model.get_input_embeddings()]: wanted}
+        if not ends:
+            raise RequestError(
+                "trainable_token_indices as a list needs a model with an input embedding, which "
+                f"{type(model).__name__} does not say it has; name the embedding instead"
+            )
+        wanted = {names[ends[0]]: wanted}
     found: dict[str, AdapterLayer] = {}
     for suffix, indices in wanted.items():
         matches = [name for name in modules if name == suffix or name.endswith(f".{suffix}")]
@@ -143,28 +154,40 @@ def _token_rows(model: nn.Module, config: LoraConfig, layers: dict[str, AdapterL
         for name in matches:
             if name in layers:
                 raise RequestError(f"'{name}' is in target_modules and in trainable_token_indices; choose one")
-            found[name] = TokenRows(modules[name], indices, name)
-            for head in embedding_ends(model)[1:]:
-                if head.weight is not modules[name].weight:
+            rows = TokenRows(modules[name], indices, name)
+            found[name] = rows
+            if modules[name] is not next(iter(ends), None):
+                continue  # as in PEFT, only the input embedding takes along what is tied to it
+            for tied_name, tied in modules.items():
+                if tied is modules[name] or tied._parameters.get("weight") is not rows.weight:
                     continue
-                if names[head] in layers:
-                    raise RequestError(f"'{names[head]}' is tied to '{name}' with trainable rows and can't be a target too")
-                found[names[head]] = TiedTokenRows(head, found[name], names[head])  # type: ignore[arg-type]
+                if tied_name in layers:
+                    raise RequestError(
+                        f"'{tied_name}' is tied to '{name}' with trainable rows and can't be a target too"
+                    )
+                found[tied_name] = TiedTokenRows(tied, rows, tied_name)
     return found
 
 
-def _exchange_biases(model: nn.Module, attachment: Attachment, adapted: list[str]) -> None:
-    bias = attachment.config.bias
-    if bias == "none":
-        return
-    names = [name.replace(".base.bias", ".bias") for name, _ in model.named_parameters() if name.endswith("bias")]
-    names = [name for name in names if name == "bias" or name.endswith(".bias")]
-    if bias == "lora_only":
+def _check_once(whole: list[str], layers: Mapping[str, AdapterLayer]) -> None:
+    for module_name in whole:
+        for name, layer in layers.items():
+            if f"{name}.".startswith(f"{module_name}."):
+                option = "trainable_token_indices" if isinstance(layer, TokenRows) else "target_modules"
+                if isinstance(layer, TiedTokenRows):
+                    option = "trainable_token_indices (tied to the embedding)"
+                raise RequestError(f"'{name}' is in modules_to_save and in {option}; choose one")
+
+
+def _biases(model: nn.Module, config: LoraConfig, adapted: list[str], strict: bool) -> list[str]:
+    """Names of the biases that are trained."""
+    names = [name for name, _ in model.named_parameters() if name == "bias" or name.endswith(".bias")]
+    if config.bias == "lora_only":
         names = [name for name in names if name.rpartition(".")[0] in adapted]
-    if not names:
-        raise RequestError(f"bias='{bias}' has no effect: no {'adapted ' if bias == 'lora_only' else ''}layer has a bias")
-    for name in names:
-        attachment.exchange(model, name, trainable=True)
+    if config.bias != "none" and strict and not names:
+        which = "adapted layer" if config.bias == "lora_only" else "layer"
+        raise RequestError(f"bias='{config.bias}' has no effect: no {which} has a bias; set bias='none'")
+    return names if config.bias != "none" else []
 
 
 def _tensor_names(model: nn.Module, module_name: str) -> list[str]:
@@ -181,6 +204,7 @@ def guard_methods(model: PreTrainedModel) -> None:
     object.__setattr__(model, "save_pretrained", AdapterSaver(model, save_adapter))
     object.__setattr__(model, "push_to_hub", AdapterPusher(model, save_adapter))
     object.__setattr__(model, "resize_token_embeddings", VocabularyGuard(model))
+    object.__setattr__(model, "tie_weights", TieGuard())
 
 
 def _restore_flags(model: nn.Module, flags: dict[str, bool]) -> None:
@@ -248,8 +272,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def detach(model: Model) -> Model:
-    """Takes the adapter out: the plain model again, as it was. Raises: RequestError when nothing is attached."""
-    attachment = need_attachment(model)
+    """Takes the adapter out: the plain model again, as it was.
+
+    Raises: RequestError when nothing is attached, or inside `disabled`.
+    """
+    attachment = need_active(model, "detach")
     attachment.swap(model)
     replace_modules(model, {layer: layer.base for layer in adapter_layers(model).values()})
     _plain(model, attachment)
@@ -263,11 +290,11 @@ def merge_in(model: Model, dtype: torch.dtype | None = None, keep_tied: bool = F
     An adapted weight that another module shares (tied embeddings) is untied, and the configuration says so; with
     `keep_tied` that is refused instead. `dtype`: of the whole merged model (the base's own by default).
 
-    Raises: RequestError when nothing is attached, or when `keep_tied` can't be kept.
+    Raises: RequestError when nothing is attached, when `keep_tied` can't be kept, or inside `disabled`.
     """
-    attachment = need_attachment(model)
+    attachment = need_active(model, "merge")
     layers = adapter_layers(model)
-    shared = _shared_elsewhere(model, layers, attachment)
+    shared = _parted(model, attachment)
     if shared and keep_tied:
         raise RequestError(
             f"'{shared[0]}' is tied to another module, and merging changes only one of them: merge without keep_tied"
@@ -289,21 +316,33 @@ def merge_in(model: Model, dtype: torch.dtype | None = None, keep_tied: bool = F
     return model
 
 
-def _shared_elsewhere(
-    model: nn.Module, layers: dict[str, AdapterLayer], attachment: Attachment
-) -> list[str]:
-    """Adapted or exchanged weights that a module outside of the adapter holds too."""
-    ends = embedding_ends(model)
-    if len(ends) < 2 or not isinstance(model, PreTrainedModel) or not model.config.get_text_config().tie_word_embeddings:
-        return []
-    names = {module: name for name, module in model.named_modules()}
-    if all(isinstance(end, (TokenRows, TiedTokenRows)) for end in ends) or all(
-        f"{names[end]}.weight" in attachment.exchanged and end.weight is ends[0].weight for end in ends
-    ):
-        return []  # both change alike
-    changed = [names[end] for end in ends if isinstance(end, AdapterLayer)]
-    changed += [f"{names[end]}.weight" for end in ends if f"{names[end]}.weight" in attachment.exchanged]
-    return changed
+def _parted(model: nn.Module, attachment: Attachment) -> list[str]:
+    """Names of weights that the plain model shares with others and that the adapter changes apart from them."""
+    changes: dict[int, dict[str, object]] = {}
+    wrapped = {layer.base for layer in adapter_layers(model).values()}
+    for name, module in model.named_modules():
+        if isinstance(module, Attachment) or module in wrapped:
+            continue
+        own = module.base if isinstance(module, AdapterLayer) else module
+        for leaf, parameter in own._parameters.items():
+            if parameter is None:
+                continue
+            full_name, change = f"{name}.{leaf}" if name else leaf, None
+            original = parameter
+            if full_name in attachment.exchanged:
+                original, change = attachment.waiting(full_name), parameter
+            if isinstance(module, (TokenRows, TiedTokenRows)):
+                change = module.rows
+            elif isinstance(module, AdapterLayer) and leaf == "weight":
+                change = module
+            changes.setdefault(id(original), {})[full_name] = change
+    return [
+        name
+        for of_one in changes.values()
+        if any(change is not next(iter(of_one.values())) for change in of_one.values())
+        for name, change in of_one.items()
+        if change is not None
+    ]
 
 
 def _untie(model: PreTrainedModel) -> None:
@@ -314,7 +353,7 @@ def _untie(model: PreTrainedModel) -> None:
 def _plain(model: nn.Module, attachment: Attachment) -> None:
     """Removes what `attach` added to the model itself."""
     del model._modules[ATTRIBUTE]
-    for method in ("save_pretrained", "push_to_hub", "resize_token_embeddings"):
+    for method in ("save_pretrained", "push_to_hub", "resize_token_embeddings", "tie_weights"):
         model.__dict__.pop(method, None)
     _restore_flags(model, attachment.requires_grad_before)
 

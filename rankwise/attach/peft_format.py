@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from rankwise.adapters.config import ALL_LINEAR, LoraConfig
+from rankwise.config import build
 from rankwise.errors import RequestError
 
 PEFT_VERSION = "0.21.2"
@@ -31,7 +32,7 @@ _ABSENT: dict[str, Any] = {
 """PEFT's fields that we have no equivalent of, with the value that means "not used"."""
 
 _HARMLESS = frozenset(
-    {"auto_mapping", "fan_in_fan_out", "megatron_core", "qalora_group_size", "eva_config", "loftq_config", "ensure_weight_tying"}
+    {"auto_mapping", "fan_in_fan_out", "megatron_core", "qalora_group_size", "eva_config", "loftq_config"}
 )
 """Those of them whose value does not change what a saved adapter computes."""
 
@@ -42,8 +43,8 @@ _SHARED = (
 )  # fmt: skip
 """Fields that are ours and PEFT's."""
 
-_MOVED_BASE = ("corda", "lora_ga", "loftq")
-"""Starts that change the base with data that the folder does not hold."""
+_MOVED_BASE = ("corda", "lora_ga", "loftq", "pissa_niter_")
+"""Starts that change the base by data or random draws that the folder does not hold."""
 
 
 def config_to_peft(config: LoraConfig, doubled: bool = False) -> dict[str, Any]:
@@ -73,9 +74,7 @@ def config_from_peft(fields: Mapping[str, Any], where: str) -> LoraConfig:
     method = fields.get("peft_type")
     if method != "LORA":
         raise RequestError(f"'{where}' is a {method!r} adapter; only LORA folders can be read")
-    for name, unused in _ABSENT.items():
-        if name not in _HARMLESS and fields.get(name) not in (unused, None, False, [], {}):
-            raise RequestError(f"'{where}' uses {name}={fields[name]!r}, which is not supported; merge it with PEFT instead")
+    _refuse_variants(fields, where)
     known = {name: fields[name] for name in _SHARED if fields.get(name) is not None}
     if "target_modules" not in known:
         raise RequestError(f"'{where}' does not say its target_modules; add them to {CONFIG_FILE}")
@@ -83,10 +82,10 @@ def config_from_peft(fields: Mapping[str, Any], where: str) -> LoraConfig:
     if isinstance(start, str):
         if start.lower().startswith(_MOVED_BASE):
             raise RequestError(
-                f"'{where}' was saved with init_lora_weights={start!r}, which changes the base in a way that the folder does "
-                "not hold; save it from PEFT with path_initial_model_for_weight_conversion"
+                f"'{where}' was saved with init_lora_weights={start!r}, which changes the base in a way that the "
+                "folder does not hold; save it from PEFT with path_initial_model_for_weight_conversion"
             )
-        if not re.fullmatch(r"gaussian|orthogonal|pissa(_niter_\d+)?|olora", start.lower()):
+        if start.lower() not in {"gaussian", "orthogonal", "pissa", "olora"}:
             known["init_lora_weights"] = True  # the other starts leave the base alone; only the weights matter now
     known["rank_pattern"], known["alpha_pattern"] = known.get("rank_pattern", {}), known.get("alpha_pattern", {})
     if known["target_modules"] != ALL_LINEAR and isinstance(known["target_modules"], list):
@@ -95,9 +94,24 @@ def config_from_peft(fields: Mapping[str, Any], where: str) -> LoraConfig:
         if known.get(pattern) == []:
             del known[pattern]
     try:
-        return LoraConfig(**known)
+        return build(LoraConfig, known, CONFIG_FILE)
     except RequestError as error:
         raise RequestError(f"'{where}': {error}") from None
+
+
+def _refuse_variants(fields: Mapping[str, Any], where: str) -> None:
+    """Raises: RequestError for a setting that is on and that we don't have, newer versions of PEFT included."""
+    tied_rows_only = fields.get("trainable_token_indices") is not None  # then tying is what happens anyway
+    for name, value in fields.items():
+        if name in _SHARED or name in _HARMLESS or name in {"peft_type", "peft_version", "inference_mode"}:
+            continue
+        if name == "ensure_weight_tying" and tied_rows_only:
+            continue
+        if value not in (_ABSENT.get(name), None, False, [], {}):
+            raise RequestError(
+                f"'{where}' uses {name}={value!r}, which is not supported; merge it with PEFT, or take the line out "
+                f"of {CONFIG_FILE} if it does not change the outputs"
+            )
 
 
 def saves_embeddings(config: LoraConfig, module_names: list[str]) -> bool:
@@ -125,5 +139,7 @@ def from_file(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not name.startswith(PREFIX):
             raise RequestError(f"'{where}' holds '{name}', which is not a PEFT name (they start with '{PREFIX}')")
-        found[name.removeprefix(PREFIX)] = tensor
+        if ".original_module." in name:
+            continue  # with bias="all" PEFT saves a head's frozen bias too, and the trained one twice
+        found[name.removeprefix(PREFIX).replace(".modules_to_save.", ".")] = tensor
     return found

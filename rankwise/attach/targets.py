@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -31,34 +32,37 @@ class Target:
     module: nn.Module
     kind: LayerKind
     r: int
-    lora_alpha: float
+    lora_alpha: int | float
 
 
-def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
+def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> list[Target]:
     """The modules that `config` adapts, in the model's order.
+
+    Without `strict`, parts of the configuration may match nothing: a folder's weights say what it must hold, and PEFT
+    lets a list of names that serves several kinds of models stand.
 
     Raises: RequestError when a target, an exclusion or a pattern matches nothing, or a match can't be adapted.
     """
     modules = dict(model.named_modules())
     names = [name for name in modules if name]
+    _check_expressions(config)
     if is_all_linear(config):
-        matched = _all_linear(model, config, modules)
-        matched = [name for name in matched if not _excluded(config, name)]
+        matched = [name for name in _all_linear(model, config, modules) if not _excluded(config, name)]
     else:
         matched = [name for name in names if _matches(config, name)]
+    if strict:
         _check_each_target(config, names)
-    _check_exclusions(config, names)
+        _check_exclusions(config, names)
     if not matched:
         raise RequestError(
             f"target_modules={config.target_modules!r} with its exclusions and layer numbers selects no layer"
             + did_you_mean(str(config.target_modules), _adaptable_tails(modules))
         )
     targets = [_target(config, name, modules[name]) for name in matched]
-    _check_uncalled_embedding(model, targets)
-    for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for pattern in patterns:
-            if not any(_pattern_fits(pattern, name) for name in matched):
-                raise RequestError(f"{option}['{pattern}'] matches no adapted layer{did_you_mean(pattern, matched)}")
+    _check_called(model, modules, targets)
+    if strict:
+        _check_numbers(config, names, matched)
+        _check_patterns(config, matched)
     return targets
 
 
@@ -67,18 +71,18 @@ def is_all_linear(config: LoraConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
-def modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
+def modules_to_save(model: nn.Module, config: LoraConfig, strict: bool = True) -> list[str]:
     """Names of the modules that are trained whole: `modules_to_save` and the heads of the task type.
 
     PEFT matches by the end of the name, with no regard to dots, and so do we: a folder must hold what it expects.
 
-    Raises: RequestError when an entry that the user named matches nothing.
+    Raises: RequestError when an entry that the user named matches nothing (with `strict`).
     """
     names = [name for name, _ in model.named_modules() if name]
     chosen: list[str] = []
     for entry in config.modules_to_save or ():
         found = [name for name in names if name.endswith(entry)]
-        if not found and entry not in HEADS.get(config.task_type or "", ()):
+        if strict and not found and entry not in HEADS.get(config.task_type or "", ()):
             raise RequestError(f"modules_to_save names '{entry}', which matches no module{did_you_mean(entry, names)}")
         chosen += found
     unique = list(dict.fromkeys(chosen))
@@ -199,8 +203,7 @@ def _inside(name: str, whole: Iterable[str]) -> bool:
 
 def _check_each_target(config: LoraConfig, names: list[str]) -> None:
     if isinstance(config.target_modules, str):
-        _check_expression("target_modules", config.target_modules)
-        if not any(re.fullmatch(config.target_modules, name) for name in names):
+        if not is_all_linear(config) and not any(re.fullmatch(config.target_modules, name) for name in names):
             raise RequestError(
                 f"target_modules expression {config.target_modules!r} matches no module in full"
                 + did_you_mean(config.target_modules, names)
@@ -210,19 +213,33 @@ def _check_each_target(config: LoraConfig, names: list[str]) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             known = sorted({tail for name in names for tail in _tails(name)})
             raise RequestError(f"target module '{target}' matches no module{did_you_mean(target, known)}")
-    unknown = set(_numbers(config)) - {_layer_number(config, name) for name in names}
+
+
+def _check_numbers(config: LoraConfig, names: list[str], matched: list[str]) -> None:
+    unknown = set(_numbers(config)) - {_layer_number(config, name) for name in matched}
     if unknown:
+        anywhere = config.with_(layers_to_transform=None, layers_pattern=None)
+        having = {_layer_number(config, name) for name in names if _matches(anywhere, name)}
+        known = sorted(number for number in having if number is not None)
         raise RequestError(
-            f"layers_to_transform names layer {min(unknown)}, which the model does not have"
+            f"layers_to_transform names layer {min(unknown)}, which has no target"
             + (f" under layers_pattern={config.layers_pattern!r}" if config.layers_pattern else "")
+            + f"; layers with one: {', '.join(map(str, known)) or 'none'}"
         )
+
+
+def _check_patterns(config: LoraConfig, matched: list[str]) -> None:
+    for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns:
+            if not any(_pattern_fits(pattern, name) for name in matched):
+                tails = sorted({tail for name in matched for tail in _tails(name)})
+                raise RequestError(f"{option}['{pattern}'] matches no adapted layer{did_you_mean(pattern, tails)}")
 
 
 def _check_exclusions(config: LoraConfig, names: list[str]) -> None:
     if not config.exclude_modules:
         return
     if isinstance(config.exclude_modules, str):
-        _check_expression("exclude_modules", config.exclude_modules)
         if not any(re.fullmatch(config.exclude_modules, name) for name in names):
             raise RequestError(f"exclude_modules expression {config.exclude_modules!r} matches no module in full")
         return
@@ -232,11 +249,22 @@ def _check_exclusions(config: LoraConfig, names: list[str]) -> None:
             raise RequestError(f"exclude_modules names '{entry}', which matches no module{did_you_mean(entry, known)}")
 
 
-def _check_expression(option: str, expression: str) -> None:
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise RequestError(f"{option} {expression!r} is not a regular expression: {error}") from None
+def _check_expressions(config: LoraConfig) -> None:
+    layers_pattern = config.layers_pattern or []
+    expressions = {
+        "target_modules": config.target_modules if isinstance(config.target_modules, str) else [],
+        "exclude_modules": config.exclude_modules if isinstance(config.exclude_modules, str) else [],
+        "layers_pattern": layers_pattern,
+        "rank_pattern": list(config.rank_pattern),
+        "alpha_pattern": list(config.alpha_pattern),
+        "modules_to_save": config.modules_to_save or [],
+    }
+    for option, given in expressions.items():
+        for expression in [given] if isinstance(given, str) else given:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise RequestError(f"{option} {expression!r} is not a regular expression: {error}") from None
 
 
 def _tails(name: str) -> list[str]:
@@ -249,22 +277,35 @@ def _adaptable_tails(modules: dict[str, nn.Module]) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if layer_kind(module) is not None})
 
 
-def _check_uncalled_embedding(model: nn.Module, targets: list[Target]) -> None:
-    """T5's `shared` is a name for a weight: encoder and decoder call their own embeddings that hold it."""
+def _check_called(model: nn.Module, modules: dict[str, nn.Module], targets: list[Target]) -> None:
+    """Layers that the model reads but never calls: an adapter there would do nothing."""
+    for target in targets:
+        parent = modules[target.name.rpartition(".")[0]]
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise RequestError(
+                f"'{target.name}' is inside nn.TransformerEncoderLayer, whose fast path reads its weight without "
+                "calling it; call torch.backends.mha.set_fastpath_enabled(False) first"
+            )
     if not isinstance(model, PreTrainedModel) or not model.config.is_encoder_decoder:
         return
-    shared = model.get_input_embeddings()
-    called = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and m is not shared and m.weight is shared.weight]
+    shared = model.get_input_embeddings()  # T5's `shared`: encoder and decoder call their own embeddings of its weight
+    called = [name for name, module in modules.items() if module is not shared and _holds(module, shared.weight)]
     for target in targets:
         if target.module is shared and called:
-            raise RequestError(f"'{target.name}' is never called, an adapter there would do nothing; target {called} instead")
+            raise RequestError(
+                f"'{target.name}' is never called, an adapter there would do nothing; target {called} instead"
+            )
+
+
+def _holds(module: nn.Module, weight: object) -> bool:
+    return isinstance(module, nn.Embedding) and module.weight is weight
 
 
 def _pattern_fits(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
-def _from_pattern(patterns: dict[str, int] | dict[str, int | float], name: str, default: float) -> float:
+def _from_pattern(patterns: dict[str, int] | dict[str, int | float], name: str, default: int | float) -> int | float:
     """The first pattern that fits the end of `name` decides, as in PEFT."""
     for pattern, value in patterns.items():
         if _pattern_fits(pattern, name):
@@ -286,6 +327,6 @@ def rank_in(config: LoraConfig, name: str) -> int:
     return int(_from_pattern(config.rank_pattern, name, config.r))
 
 
-def alpha_in(config: LoraConfig, name: str) -> float:
+def alpha_in(config: LoraConfig, name: str) -> int | float:
     """The alpha of layer `name` under `config`."""
     return _from_pattern(config.alpha_pattern, name, config.lora_alpha)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from rankwise.attach.checkpoint import load_adapter, read_config
 from rankwise.attach.inject import adapter_parameters, attach
 from rankwise.errors import RequestError
-from rankwise.models.load import choose_device, load_model
+from rankwise.models.load import choose_device, load_model, resolve
 from rankwise.recipes.finetune_data import RunData, load_data
 from rankwise.recipes.finetune_report import describe_run
 from rankwise.recipes.provenance import data_hashes, provenance
@@ -136,12 +136,18 @@ def _attached_model(run: RunConfig, precision: Precision, data: RunData) -> PreT
     if isinstance(run.adapter, StartFrom):
         load_adapter(model, run.adapter.folder, trainable=True)
     else:
-        named = run.adapter.base_model_name_or_path or run.model.name
+        named = run.adapter.base_model_name_or_path or _base_name(run)
         task_type = run.adapter.task_type or TASK_TYPE
         attach(model, run.adapter.with_(base_model_name_or_path=named, task_type=task_type))
     if run.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
+
+
+def _base_name(run: RunConfig) -> str:
+    """What others load the base by (PEFT's AutoPeftModel, vLLM): its folder, or its id on the Hub."""
+    source = resolve(run.model.name)
+    return str(Path(source).absolute()) if Path(source).is_dir() else source
 
 
 def _rehearse(job: Job) -> None:

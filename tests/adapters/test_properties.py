@@ -122,7 +122,7 @@ def test_merged_equals_unmerged(adapter, layer, init, scale):
 
 @pairs
 def test_merged_equals_unmerged_in_bf16(adapter, layer):
-    """Within 2 % of the largest output: one rounding of the merged weight (8 bits) against several of the activations."""
+    """Within 2 % of the largest output: the merged weight is rounded once (8 bits), the activations several times."""
     wrapped, base, x = build(adapter, layer, True, dtype=torch.bfloat16)
     disturb(wrapped)
     merged = copy.deepcopy(base)
@@ -256,7 +256,7 @@ def test_low_rank_is_the_delta(adapter, layer, init):
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda v: v.__name__)
 def test_dropout_acts_in_training_on_the_adapter_only(layer):
-    wrapped, base, x = build("lora", layer, False, dropout=0.5)
+    wrapped, _, x = build("lora", layer, False, dropout=0.5)
     wrapped.train()
     differs = not torch.equal(wrapped(x), wrapped(x))
     assert differs == LAYER_KINDS[layer].drops_input  # token ids can't be dropped

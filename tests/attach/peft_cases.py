@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tests import tiny
 
 QKV = ["q_proj", "k_proj", "v_proj"]
+TOKENS = sorted({int(token) for token in tiny.token_ids()[0, :4]})  # tokens that the inputs hold
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ CASES = [
     _case("exclude-regex", "target", tiny.llama, target_modules=QKV, exclude_modules=r".*layers\.0\.self_attn\.k_proj"),
     _case("layers-to-transform", "target", tiny.llama, target_modules=QKV, layers_to_transform=[1]),
     _case("layer-number", "target", tiny.gpt2, target_modules=["c_attn"], layers_to_transform=0, layers_pattern="h"),
-    _case("layers-pattern", "target", tiny.bert, target_modules=["query"], layers_to_transform=[0], layers_pattern=["layer"]),
+    _case("layers-pattern", "target", tiny.bert, target_modules=["query"], layers_to_transform=[0],
+          layers_pattern=["layer"]),
     # ranks and alphas
     _case("rank-pattern", "pattern", tiny.llama, target_modules=QKV, rank_pattern={"q_proj": 3, "k_proj": 5}),
     _case("rank-pattern-precedence", "pattern", tiny.llama, target_modules=QKV,
@@ -82,7 +84,8 @@ CASES = [
     _case("alpha-pattern", "pattern", tiny.llama, target_modules=QKV, alpha_pattern={r".*\.v_proj": 3, "k_proj": 48}),
     _case("both-patterns", "pattern", tiny.gpt2, target_modules=["c_attn", "c_fc"], rank_pattern={"c_fc": 2},
           alpha_pattern={"c_fc": 5, "attn.c_attn": 7}),
-    _case("rank-pattern-rslora", "pattern", tiny.llama, target_modules=QKV, use_rslora=True, rank_pattern={"v_proj": 9}),
+    _case("rank-pattern-rslora", "pattern", tiny.llama, target_modules=QKV, use_rslora=True,
+          rank_pattern={"v_proj": 9}),
     # scale
     _case("rslora", "scale", tiny.llama, target_modules="all-linear", use_rslora=True, r=9, lora_alpha=4),
     _case("rank-one", "scale", tiny.llama, target_modules="all-linear", r=1, lora_alpha=1),
@@ -93,6 +96,7 @@ CASES = [
     _case("bias-all-gpt2", "bias", tiny.gpt2, target_modules=["c_attn"], bias="all"),
     _case("bias-lora-only-gpt2", "bias", tiny.gpt2, target_modules=["c_attn", "c_fc"], bias="lora_only"),
     _case("bias-all-bert", "bias", tiny.bert, target_modules=["query"], bias="all"),
+    _case("bias-all-resnet", "bias", tiny.resnet, target_modules=["convolution"], r=2, bias="all"),
     _case("bias-all-gptj", "bias", tiny.gptj, target_modules=["fc_in"], bias="all"),
     # DoRA
     _case("dora-llama", "dora", tiny.llama, target_modules="all-linear", use_dora=True),
@@ -109,7 +113,8 @@ CASES = [
     _case("head-and-embedding-whole", "modules_to_save", tiny.llama, target_modules=QKV,
           modules_to_save=["embed_tokens", "lm_head"]),
     _case("head-whole-tied", "modules_to_save", llama_tied, target_modules=QKV, modules_to_save=["lm_head"]),
-    _case("norm-whole", "modules_to_save", tiny.llama, target_modules="all-linear", modules_to_save=["input_layernorm"]),
+    _case("norm-whole", "modules_to_save", tiny.llama, target_modules="all-linear",
+          modules_to_save=["input_layernorm"]),
     _case("batch-norm-whole", "modules_to_save", tiny.resnet, target_modules=["convolution"], r=2,
           modules_to_save=["normalization"]),
     _case("classifier", "modules_to_save", tiny.bert_classifier, target_modules=["query"], task_type="SEQ_CLS"),
@@ -123,6 +128,12 @@ CASES = [
     _case("token-rows-tied", "tokens", llama_tied, target_modules=QKV, trainable_token_indices=[3, 7]),
     _case("token-rows-named", "tokens", tiny.gpt2, target_modules=["c_attn"], trainable_token_indices={"wte": [1, 2]}),
     _case("token-rows-gemma3", "tokens", tiny.gemma3, target_modules=QKV, trainable_token_indices=[5]),
+    _case("token-rows-bert", "tokens", tiny.bert, target_modules=["query"], trainable_token_indices=TOKENS),
+    _case("token-rows-t5", "tokens", tiny.t5, target_modules=["q"], trainable_token_indices=TOKENS),
+    _case("token-rows-t5-encoder", "tokens", tiny.t5, target_modules=["q"],
+          trainable_token_indices={"encoder.embed_tokens": TOKENS}),
+    _case("token-rows-and-whole-head", "tokens", tiny.llama, target_modules=QKV, trainable_token_indices=TOKENS,
+          modules_to_save=["lm_head"]),
 ]  # fmt: skip
 
 
