@@ -56,7 +56,7 @@ class DoraLayer(AdapterLayer):
         return self.factors.kind.matrix(self.weight.detach()).float() + self.factors.delta()
 
     @torch.no_grad()
-    def _norm(self) -> Float[Tensor, "o"]:
+    def _norm(self) -> Float[Tensor, " o"]:
         return torch.linalg.vector_norm(self._directed(), dim=1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class LayerKind(ABC):
     def check(self, base: nn.Module, name: str) -> None:  # noqa: B027 (most kinds take every layer)
         """Raises: RequestError for a layer of this kind that can't be adapted."""
 
-    def spread(self, per_output: Float[Tensor, "o"], y: Tensor) -> Tensor:
+    def spread(self, per_output: Float[Tensor, " o"], y: Tensor) -> Tensor:
         """A vector over outputs, shaped so that it multiplies the layer's output `y`."""
         return per_output.to(y.dtype)
 
@@ -162,7 +162,7 @@ class ConvolutionKind(LayerKind):
         return matrix.reshape(base.weight.shape)
 
     @override
-    def spread(self, per_output: Float[Tensor, "o"], y: Tensor) -> Tensor:
+    def spread(self, per_output: Float[Tensor, " o"], y: Tensor) -> Tensor:
         raise AssertionError("no magnitude vector on convolutions")
 
     @override

@@ -10,7 +10,6 @@ Legend: o outputs, n inputs of the layer's matrix view, r rank, s scale (alpha/r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -22,6 +21,7 @@ from typing_extensions import override
 
 from rankwise.adapters.base import AdapterLayer, LowRank
 from rankwise.adapters.config import LoraConfig, start_iterations, start_name
+from rankwise.adapters.fused import lora_linear
 from rankwise.adapters.layers import LayerKind
 from rankwise.adapters.starts import STARTS, TAKEN_FROM_BASE, StartRequest, zero_table
 from rankwise.errors import RequestError
@@ -196,10 +196,6 @@ class Factors(nn.Module):
             self.lora_B.copy_(tensors[self.kind.b_key])
 
 
-Generator = torch.Generator | None
-LayerBuilder = Callable[[nn.Module, LayerKind, LayerSettings, str], AdapterLayer]
-
-
 @final
 class LoraLayer(AdapterLayer):
     """LoRA on one layer."""
@@ -224,10 +220,24 @@ class LoraLayer(AdapterLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """base(x) + s B A dropout(x)."""
-        y = self.base(x)
         if not self.active:
-            return y
+            return self.base(x)
+        if self._can_fuse(x):
+            factors = self.factors
+            return lora_linear(x, self.weight, self.bias, factors.lora_A, factors.lora_B, factors.scale)
+        y = self.base(x)
         return y + self.factors.change(self.base, x, self.training).to(y.dtype)
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        """A plain frozen linear layer without dropout or a subtracted start, outside of autocast."""
+        return (
+            type(self.base) is nn.Linear
+            and x.dtype == self.weight.dtype
+            and not self.weight.requires_grad
+            and not self.holds_start
+            and not (self.training and self.factors.dropout)
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
     @override
     def delta_weight(self) -> Float[Tensor, "..."]:

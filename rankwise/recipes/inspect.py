@@ -103,14 +103,14 @@ def report(config: LoraConfig, module: str, A: Tensor, B: Tensor) -> ModuleRepor
     return ModuleReport(module, rank, effective_rank(values), float(values.square().sum().sqrt()))
 
 
-def singular_values(A: Float[Tensor, "r n"], B: Float[Tensor, "o r"]) -> Float[Tensor, "k"]:
+def singular_values(A: Float[Tensor, "r n"], B: Float[Tensor, "o r"]) -> Float[Tensor, " k"]:
     """Singular values of B A, largest first, in fp64: at most r of them."""
     _, right = torch.linalg.qr(A.double().T)
     _, left = torch.linalg.qr(B.double())
     return torch.linalg.svdvals(left @ right.T)
 
 
-def effective_rank(values: Float[Tensor, "k"]) -> float:
+def effective_rank(values: Float[Tensor, " k"]) -> float:
     """Exp of the entropy of the normalised singular values; 0 for an update that is zero."""
     total = values.sum()
     if total == 0:

@@ -1,0 +1,114 @@
+"""The fused linear layer against plain autograd of the same formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rankwise.adapters.config import LoraConfig
+from rankwise.adapters.fused import lora_linear
+from rankwise.attach.inject import attach
+from tests import tiny
+
+
+def parts(dtype=torch.float32, bias=True, shape=(3, 5)):
+    x = torch.randn(*shape, 7, dtype=dtype, requires_grad=True)
+    W = torch.randn(6, 7, dtype=dtype)
+    b = torch.randn(6, dtype=dtype, requires_grad=True) if bias else None
+    A = torch.randn(2, 7, dtype=torch.float32 if dtype == torch.bfloat16 else dtype, requires_grad=True)
+    B = torch.randn(6, 2, dtype=A.dtype, requires_grad=True)
+    return x, W, b, A, B
+
+
+def plain(x, W, b, A, B, scale):
+    return F.linear(x, W, b) + scale * F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5), (4,), (0, 5), (2, 1, 3)], ids=str)
+def test_output_and_gradients_equal_the_formula(bias, shape):
+    arguments = parts(torch.float64, bias, shape)
+    leaves = [a for a in arguments if a is not None and a.requires_grad]
+    mine, theirs = lora_linear(*arguments, 1.7), plain(*arguments, 1.7)
+    grad = torch.randn_like(theirs)
+    assert torch.allclose(mine, theirs)
+    for a, b in zip(torch.autograd.grad(mine, leaves, grad), torch.autograd.grad(theirs, leaves, grad), strict=True):
+        assert torch.allclose(a, b)
+    with torch.no_grad():
+        assert torch.allclose(lora_linear(*arguments, 1.7), theirs)
+
+
+def test_gradcheck_in_float64():
+    x, W, b, A, B = parts(torch.float64)
+    assert torch.autograd.gradcheck(lambda x, b, A, B: lora_linear(x, W, b, A, B, 0.3), (x, b, A, B))
+
+
+def test_bf16_with_fp32_factors():
+    """The factors' gradients are fp32; within 2 % of the largest fp64 gradient."""
+    arguments = parts(torch.bfloat16)
+    lora_linear(*arguments, 0.5).float().square().sum().backward()
+    x, W, b, A, B = arguments
+    wide = [t.detach().double().requires_grad_() for t in (x, W, b, A, B)]
+    plain(*wide, 0.5).square().sum().backward()
+    assert A.grad.dtype == B.grad.dtype == torch.float32 and x.grad.dtype == torch.bfloat16
+    for grad, exact in ((A.grad, wide[3].grad), (B.grad, wide[4].grad), (x.grad, wide[0].grad)):
+        assert (grad.double() - exact).abs().max() <= 0.02 * exact.abs().max()
+
+
+def test_only_needed_gradients_are_made():
+    x, W, b, A, B = parts()
+    y = lora_linear(x.detach(), W, b.detach(), A, B.detach(), 1.0)
+    y.sum().backward()
+    assert A.grad is not None and B.grad is None and x.grad is None and b.grad is None
+
+
+def saved_bytes(model) -> int:
+    total = 0
+
+    def pack(tensor):
+        nonlocal total
+        if not isinstance(tensor, nn.Parameter):
+            total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tiny.token_ids(rows=4, length=64)).logits.sum()
+    return total
+
+
+def test_a_model_trains_the_same_with_and_without(monkeypatch):
+    """Same losses as the plain path over ten steps in fp32, and fewer bytes kept for the backward pass."""
+    from rankwise.adapters.lora import LoraLayer
+
+    losses, kept = {}, {}
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(LoraLayer, "_can_fuse", lambda self, x: False)
+        torch.manual_seed(0)
+        model = attach(tiny.llama(), LoraConfig(r=4)).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        losses[fused] = []
+        for seed in range(10):
+            ids = tiny.token_ids(seed=seed)
+            loss = model(ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[fused].append(loss.item())
+        kept[fused] = saved_bytes(model)
+    assert losses[True] == pytest.approx(losses[False], abs=1e-5)
+    assert kept[True] < kept[False]
+
+
+def test_autocast_takes_the_plain_path(monkeypatch):
+    from rankwise.adapters.lora import LoraLayer
+
+    model = attach(tiny.llama(), LoraConfig(r=4, init_lora_weights=False))
+    ids = tiny.token_ids()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(ids).logits
+        logits.float().sum().backward()
+        monkeypatch.setattr(LoraLayer, "_can_fuse", lambda self, x: False)
+        assert torch.equal(model(ids).logits, logits)
