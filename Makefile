@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # One thread for each of two test workers: tiny models gain nothing from more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-SHAPES := --jaxtyping-packages=rankwise,beartype.beartype
+SHAPES := --jaxtyping-packages=rankwise,tests.shapes.check
 
 .PHONY: setup demo test test-slow lint format docs clean
 
@@ -26,8 +26,8 @@ demo: setup
 	$(BIN)/rankwise demo $(ARGS)
 
 test: setup
-	$(PYTEST) -n 2 --dist worksteal -m 'not slow and not compiled and not gpu' $(SHAPES) $(ARGS)
-	$(PYTEST) -m 'compiled and not slow and not gpu' $(ARGS)
+	$(PYTEST) -n 2 --dist worksteal -m 'not slow and not unchecked and not gpu' $(SHAPES) $(ARGS)
+	$(PYTEST) -m 'unchecked and not slow and not gpu' $(ARGS)
 
 test-slow: setup
 	$(PYTEST) -m 'slow and not gpu' $(ARGS)

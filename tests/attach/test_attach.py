@@ -346,7 +346,7 @@ def test_a_layer_in_several_places_has_one_adapter():
     assert_unchanged(model, before)
 
 
-@pytest.mark.slow
+@pytest.mark.unchecked
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_compiled_gives_the_same_output(options):
     model = attach(tiny.llama(), LoraConfig(r=4, **options))

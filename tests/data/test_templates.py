@@ -284,6 +284,7 @@ def test_tokenizers_without_an_end_token_are_refused():
         template_for(tokenizer, CONFIG)
 
 
+@pytest.mark.unchecked
 def test_slow_tokenizers_are_refused():
     class Slow:
         is_fast = False
