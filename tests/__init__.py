@@ -1,3 +1,3 @@
-"""Tests mirror the tree of rankwise. `shapes` is loaded here because the checker is looked up by the name `tests.shapes.check`."""
+"""Tests mirror the tree of rankwise. The checker of shapes is looked up as `tests.shapes.check`, so it is loaded here."""
 
 from tests import shapes as shapes

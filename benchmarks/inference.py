@@ -1,0 +1,62 @@
+"""What an unmerged adapter costs at inference: one-token decode and prefill 8 x 128, base, ours, PEFT, merged.
+
+    python benchmarks/inference.py --rounds 30 --out benchmarks/results/inference.jsonl
+
+200M random parameters in bf16, r 16, all linear layers; forwards through the decoder, without the output head.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import peft
+import torch
+from measure import header, interleaved, ratio, report
+from step import SIZES, VOCABULARY, build
+
+import rankwise as rw
+
+
+def forward(model: torch.nn.Module, ids: torch.Tensor, times: int) -> Callable[[], object]:
+    """`times` forwards of the decoder without gradients."""
+
+    @torch.no_grad()
+    def run() -> None:
+        for _ in range(times):
+            model(input_ids=ids, use_cache=False)
+
+    return run
+
+
+def main() -> None:
+    """Measures each model on both shapes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="200M")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    base = build(options.size, torch.bfloat16).eval()
+    ours = rw.attach(build(options.size, torch.bfloat16), rw.LoraConfig(init_lora_weights=False)).eval()
+    theirs = peft.get_peft_model(
+        build(options.size, torch.bfloat16),
+        peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False),
+    ).eval()
+    merged = rw.merge(rw.attach(build(options.size, torch.bfloat16), rw.LoraConfig(init_lora_weights=False))).eval()
+    models = {"base": base.model, "ours": ours.model, "PEFT": theirs.base_model.model.model, "merged": merged.model}
+    shapes = {"decode 1 x 1": ((1, 1), 8), "prefill 8 x 128": ((8, 128), 1)}
+    rows: list[dict[str, object]] = []
+    for shape_name, (shape, repeats) in shapes.items():
+        ids = torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
+        times = interleaved({name: forward(model, ids, repeats) for name, model in models.items()}, options.rounds)
+        for name in ("ours", "PEFT", "merged"):
+            wall = ratio(times, name, "base", clock=1)["median"]
+            rows.append({"what": f"{shape_name}: {name} / base", **ratio(times, name, "base"), "wall_median": wall})
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    report(header(benchmark="inference", **settings), rows, options.out)
+
+
+if __name__ == "__main__":
+    main()
