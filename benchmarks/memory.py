@@ -3,8 +3,7 @@
     python benchmarks/memory.py --size 60M --out benchmarks/results/memory.jsonl
 
 Two steps of 2 x 512 tokens in bf16, r 16, all linear layers. Peak resident size (ru_maxrss), less the resident size
-with
-model and adapter built. The allocator's slack is in it, as it is for a user.
+with model and adapter built. The allocator's slack is in it, as it is for a user.
 """
 
 from __future__ import annotations

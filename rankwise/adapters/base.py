@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rankwise.errors import RequestError
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -51,41 +53,32 @@ class AdapterLayer(nn.Module, ABC):
         return self.base._parameters.get("bias")  # an embedding has no such attribute
 
     @property
-    @abstractmethod
     def rank(self) -> int:
         """Rank of the trainable change; 0 where rank means nothing."""
-
-    @property
-    def holds_start(self) -> bool:
-        """Whether a frozen start is subtracted, which doubles the rank of what is saved."""
-        return False
+        return 0
 
     @abstractmethod
     def delta_weight(self) -> Float[Tensor, "..."]:
         """merged_weight - base.weight in fp32, in the layout of `base.weight`."""
 
     @abstractmethod
+    def peft_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters under PEFT's names, relative to the layer (`lora_A.weight`)."""
+
+    def to_peft(self) -> dict[str, Tensor]:
+        """What PEFT's file holds for this layer: the parameters, unless there is more to the change."""
+        return {name: parameter.detach() for name, parameter in self.peft_parameters().items()}
+
     def resize_(self, rank: int, generator: torch.Generator | None = None) -> float:
         """Grows (the function stays) or shrinks (the best approximation) to `rank`, in place.
 
         Returns the relative Frobenius error of the change: 0 for a growth.
         """
+        raise RequestError(f"{type(self).__name__} has no rank to set to {rank}")
 
-    @abstractmethod
     def low_rank(self) -> LowRank | None:
         """The change as scale * B A, or None where it is not of this form."""
-
-    @abstractmethod
-    def to_peft(self) -> dict[str, Tensor]:
-        """Tensors under PEFT's names, relative to the layer (`lora_A.weight`)."""
-
-    @abstractmethod
-    def peft_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes that `from_peft` needs."""
-
-    @abstractmethod
-    def from_peft(self, tensors: dict[str, Tensor]) -> None:
-        """Copies tensors under PEFT's names in. Names and shapes have been checked against `peft_shapes`."""
+        return None
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> Float[Tensor, "..."]:
         """base.weight with the change, computed in fp32 and rounded once to `dtype` (the base's own by default)."""

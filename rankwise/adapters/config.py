@@ -48,16 +48,23 @@ class LoraConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of("kind", self.kind, ("lora",))
-        _one_of("bias", self.bias, BIASES)
-        if self.task_type is not None:
-            _one_of("task_type", self.task_type, TASK_TYPES)
-        _positive_rank("r", self.r)
-        _nonzero_alpha("lora_alpha", self.lora_alpha)
-        for pattern, rank in self.rank_pattern.items():
-            _positive_rank(f"rank_pattern['{pattern}']", rank)
-        for pattern, alpha in self.alpha_pattern.items():
-            _nonzero_alpha(f"alpha_pattern['{pattern}']", alpha)
+        for name, value, known in (
+            ("kind", self.kind, ("lora",)),
+            ("bias", self.bias, BIASES),
+            ("task_type", self.task_type or TASK_TYPES[0], TASK_TYPES),
+        ):
+            if value not in known:
+                raise RequestError(f"unknown {name} {value!r}{did_you_mean(str(value), known)}")
+        ranks = {"r": self.r} | {f"rank_pattern['{pattern}']": rank for pattern, rank in self.rank_pattern.items()}
+        for name, rank in ranks.items():
+            if rank <= 0:
+                raise RequestError(
+                    f"{name} must be a positive whole number, not {rank!r}; to leave a layer out, exclude it"
+                )
+        alphas = {f"alpha_pattern['{pattern}']": alpha for pattern, alpha in self.alpha_pattern.items()}
+        for name, alpha in {"lora_alpha": self.lora_alpha, **alphas}.items():
+            if not alpha > 0:
+                raise RequestError(f"{name} must be above 0, not {alpha!r}: at 0 the adapter can never change anything")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise RequestError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
         if not self.init_scale > 0.0:
@@ -89,13 +96,10 @@ def start_name(init_lora_weights: bool | str) -> str:
     """
     if isinstance(init_lora_weights, bool):
         return "kaiming" if init_lora_weights else "random"
-    name = init_lora_weights.lower()
-    base, _, iterations = name.partition("_niter_")
-    if iterations and base == "pissa":
-        if not (iterations.isdigit() and int(iterations) > 0):
-            raise RequestError(f"init_lora_weights={init_lora_weights!r}: iterations must be a positive whole number")
-        return "pissa"
-    if name not in STARTS:
+    name, _, iterations = init_lora_weights.lower().partition("_niter_")
+    if name == "pissa" and iterations and not (iterations.isdigit() and int(iterations) > 0):
+        raise RequestError(f"init_lora_weights={init_lora_weights!r}: iterations must be a positive whole number")
+    if name not in STARTS or (iterations and name != "pissa"):
         raise RequestError(f"unknown init_lora_weights {init_lora_weights!r}{did_you_mean(name, STARTS)}")
     return name
 
@@ -105,18 +109,3 @@ def start_iterations(init_lora_weights: bool | str) -> int | None:
     if isinstance(init_lora_weights, str) and "_niter_" in init_lora_weights:
         return int(init_lora_weights.rsplit("_", 1)[1])
     return None
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise RequestError(f"unknown {name} {value!r}{did_you_mean(str(value), known)}")
-
-
-def _positive_rank(name: str, rank: int) -> None:
-    if rank <= 0:
-        raise RequestError(f"{name} must be a positive whole number, not {rank!r}; to leave a layer out, exclude it")
-
-
-def _nonzero_alpha(name: str, alpha: int | float) -> None:
-    if not alpha > 0:
-        raise RequestError(f"{name} must be above 0, not {alpha!r}: at 0 the adapter can never change anything")

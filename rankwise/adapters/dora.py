@@ -16,44 +16,32 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from rankwise.adapters.base import AdapterLayer
+from rankwise.adapters.config import LoraConfig
 from rankwise.adapters.layers import ConvolutionKind, LayerKind
-from rankwise.adapters.lora import Factors, LayerSettings
+from rankwise.adapters.low_rank import LowRankLayer
 from rankwise.errors import RequestError
-
-MAGNITUDE = "lora_magnitude_vector"
 
 
 @final
-class DoraLayer(AdapterLayer):
+class DoraLayer(LowRankLayer):
     """DoRA on a linear layer or an embedding."""
 
-    def __init__(self, base: nn.Module, kind: LayerKind, settings: LayerSettings, name: str) -> None:
-        super().__init__(base)
+    def __init__(self, base: nn.Module, kind: LayerKind, config: LoraConfig, name: str) -> None:
+        super().__init__(base, kind, config, name)
         if isinstance(kind, ConvolutionKind):
             raise RequestError(f"use_dora is for linear layers and embeddings; '{name}' is a convolution: exclude it")
-        self.factors = Factors(base, kind, settings, name)
-        self.magnitude = nn.Parameter(torch.empty(self.factors.num_outputs, device=self.weight.device))
+        self.magnitude = nn.Parameter(torch.empty(self.lora_B.shape[0], device=self.weight.device))
 
-    def start_(self, settings: LayerSettings, generator: torch.Generator | None = None) -> None:
+    @override
+    def start_(self, config: LoraConfig, generator: torch.Generator | None = None) -> None:
         """Fills the factors, and the magnitude with the norms, so that their ratio is one."""
-        self.factors.start_(self.base, settings, generator)
+        super().start_(config, generator)
         with torch.no_grad():
             self.magnitude.copy_(self._norm())
 
-    @property
-    @override
-    def rank(self) -> int:
-        return self.factors.rank
-
-    @property
-    @override
-    def holds_start(self) -> bool:
-        return self.factors.start_A is not None
-
     def _directed(self) -> Float[Tensor, "o n"]:
         """W + s B A in fp32."""
-        return self.factors.kind.matrix(self.weight.detach()).float() + self.factors.delta()
+        return self.kind.matrix(self.weight.detach()).float() + self.delta()
 
     @torch.no_grad()
     def _norm(self) -> Float[Tensor, " o"]:
@@ -64,36 +52,16 @@ class DoraLayer(AdapterLayer):
         y = self.base(x)
         if not self.active:
             return y
-        kind = self.factors.kind
         gain = self.magnitude / self._norm()
         unbiased = y if self.bias is None else y - self.bias
-        change = self.factors.change(self.base, x, self.training).to(y.dtype)
-        return y + kind.spread(gain - 1.0, y) * unbiased + kind.spread(gain, y) * change
+        return y + (gain - 1.0).to(y.dtype) * unbiased + gain.to(y.dtype) * self.change(x).to(y.dtype)
 
     @override
     def delta_weight(self) -> Float[Tensor, "..."]:
-        directed = self._directed()
-        gain = self.magnitude / torch.linalg.vector_norm(directed, dim=1).detach()
-        delta = gain[:, None] * directed - self.factors.kind.matrix(self.weight.detach()).float()
-        return self.factors.kind.weight(delta, self.base)
+        gain = self.magnitude / self._norm()
+        delta = gain[:, None] * self._directed() - self.kind.matrix(self.weight.detach()).float()
+        return self.kind.weight(delta, self.base)
 
     @override
-    def resize_(self, rank: int, generator: torch.Generator | None = None) -> float:
-        return self.factors.resize_(rank, generator)
-
-    def low_rank(self) -> None:
-        """None: the change is not a low-rank one."""
-
-    @override
-    def to_peft(self) -> dict[str, Tensor]:
-        return {**self.factors.to_peft(), MAGNITUDE: self.magnitude.detach()}
-
-    @override
-    def peft_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {**self.factors.peft_shapes(), MAGNITUDE: tuple(self.magnitude.shape)}
-
-    @override
-    def from_peft(self, tensors: dict[str, Tensor]) -> None:
-        self.factors.from_peft(tensors)
-        with torch.no_grad():
-            self.magnitude.copy_(tensors[MAGNITUDE])
+    def peft_parameters(self) -> dict[str, nn.Parameter]:
+        return {**super().peft_parameters(), "lora_magnitude_vector": self.magnitude}

@@ -2,8 +2,6 @@
 
 Each kind sees its weight as a matrix [o, n]: Linear [out, in]; Conv1D (GPT-2's linear) the transpose of its [in, out];
 a convolution [out, in * kernel]; an embedding [dim, vocabulary], the transpose of its table.
-
-A is [r, *a_tail], B is [o, r, *b_tail] with the tails of `sizes`.
 """
 
 # transformers' Conv1D has no type stubs.
@@ -11,32 +9,28 @@ A is [r, *a_tail], B is [o, r, *b_tail] with the tails of `sizes`.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
-from rankwise.errors import RequestError
 
-
+@dataclass(frozen=True)
 class LayerKind(ABC):
     """How one kind of layer takes low-rank factors."""
 
-    name: ClassVar[str]
+    transposed: bool = False
+    """Whether the weight is laid out [inputs, outputs]."""
+
     a_key: ClassVar[str] = "lora_A.weight"
     b_key: ClassVar[str] = "lora_B.weight"
     drops_input: ClassVar[bool] = True
     """Whether dropout can act on the input (token ids can't be dropped)."""
-
-    @abstractmethod
-    def sizes(self, base: nn.Module) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """o, the trailing shape of A, the trailing shape of B."""
 
     @abstractmethod
     def down(self, base: nn.Module, x: Tensor, A: Tensor) -> Tensor:
@@ -46,36 +40,24 @@ class LayerKind(ABC):
     def up(self, base: nn.Module, h: Tensor, B: Tensor) -> Tensor:
         """From the rank space to the layer's output."""
 
-    @abstractmethod
     def matrix(self, weight: Tensor) -> Float[Tensor, "o n"]:
         """A weight in the base's layout, as a matrix."""
+        return weight.T if self.transposed else weight.flatten(1)
 
-    @abstractmethod
     def weight(self, matrix: Float[Tensor, "o n"], base: nn.Module) -> Tensor:
         """The inverse of `matrix`."""
+        assert isinstance(base.weight, Tensor)
+        return (matrix.T if self.transposed else matrix).reshape(base.weight.shape)
 
-    def check(self, base: nn.Module, name: str) -> None:  # noqa: B027 (most kinds take every layer)
-        """Raises: RequestError for a layer of this kind that can't be adapted."""
-
-    def spread(self, per_output: Float[Tensor, " o"], y: Tensor) -> Tensor:
-        """A vector over outputs, shaped so that it multiplies the layer's output `y`."""
-        return per_output.to(y.dtype)
-
-    def num_inputs(self, base: nn.Module) -> int:
-        """Size n of the matrix view."""
-        return math.prod(self.sizes(base)[1])
+    def factor_shapes(self, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A, [r, n], and B, [o, r]; of a convolution [r, in, *kernel] and [o, r, *ones]."""
+        num_outputs, *inputs = weight.T.shape if self.transposed else weight.shape
+        return (rank, *inputs), (num_outputs, rank, *(1 for _ in inputs[1:]))
 
 
 @final
 class LinearKind(LayerKind):
-    """`nn.Linear`, weight [out, in]."""
-
-    name = "linear"
-
-    @override
-    def sizes(self, base: nn.Module) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        assert isinstance(base, nn.Linear)
-        return base.out_features, (base.in_features,), ()
+    """`nn.Linear`, and transposed transformers' `Conv1D` (GPT-2)."""
 
     @override
     def down(self, base: nn.Module, x: Tensor, A: Tensor) -> Tensor:
@@ -84,62 +66,11 @@ class LinearKind(LayerKind):
     @override
     def up(self, base: nn.Module, h: Tensor, B: Tensor) -> Tensor:
         return F.linear(h, B)
-
-    @override
-    def matrix(self, weight: Tensor) -> Float[Tensor, "o n"]:
-        return weight
-
-    @override
-    def weight(self, matrix: Float[Tensor, "o n"], base: nn.Module) -> Tensor:
-        return matrix
-
-    @override
-    def check(self, base: nn.Module, name: str) -> None:
-        if isinstance(base, NonDynamicallyQuantizableLinear):
-            raise RequestError(
-                f"'{name}' is the output projection inside nn.MultiheadAttention, which reads its weight and never "
-                "calls it: an adapter there would do nothing; exclude it"
-            )
-
-
-@final
-class TransposedLinearKind(LayerKind):
-    """transformers' `Conv1D` (GPT-2): a linear layer whose weight is [in, out]."""
-
-    name = "conv1d-linear"
-
-    @override
-    def sizes(self, base: nn.Module) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        assert isinstance(base, Conv1D)
-        return base.nf, (base.nx,), ()
-
-    @override
-    def down(self, base: nn.Module, x: Tensor, A: Tensor) -> Tensor:
-        return F.linear(x, A)
-
-    @override
-    def up(self, base: nn.Module, h: Tensor, B: Tensor) -> Tensor:
-        return F.linear(h, B)
-
-    @override
-    def matrix(self, weight: Tensor) -> Float[Tensor, "o n"]:
-        return weight.T
-
-    @override
-    def weight(self, matrix: Float[Tensor, "o n"], base: nn.Module) -> Tensor:
-        return matrix.T
 
 
 @final
 class ConvolutionKind(LayerKind):
     """`nn.Conv1d`, `Conv2d`, `Conv3d`: A convolves with the base's kernel, B with a kernel of one."""
-
-    name = "convolution"
-
-    @override
-    def sizes(self, base: nn.Module) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        assert isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        return base.out_channels, (base.in_channels, *base.kernel_size), (1,) * len(base.kernel_size)
 
     @override
     def down(self, base: nn.Module, x: Tensor, A: Tensor) -> Tensor:
@@ -152,42 +83,14 @@ class ConvolutionKind(LayerKind):
         convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[B.dim()]
         return convolve(h, B)
 
-    @override
-    def matrix(self, weight: Tensor) -> Float[Tensor, "o n"]:
-        return weight.flatten(1)
-
-    @override
-    def weight(self, matrix: Float[Tensor, "o n"], base: nn.Module) -> Tensor:
-        assert isinstance(base.weight, Tensor)
-        return matrix.reshape(base.weight.shape)
-
-    @override
-    def spread(self, per_output: Float[Tensor, " o"], y: Tensor) -> Tensor:
-        raise AssertionError("no magnitude vector on convolutions")
-
-    @override
-    def check(self, base: nn.Module, name: str) -> None:
-        assert isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        if base.groups > 1:
-            raise RequestError(
-                f"'{name}' is a grouped convolution (groups={base.groups}), whose low-rank change can't be merged; "
-                "exclude it"
-            )
-
 
 @final
 class EmbeddingKind(LayerKind):
     """`nn.Embedding`: A is a narrow table [r, vocabulary], B lifts its rows to the embedding's width."""
 
-    name = "embedding"
     a_key = "lora_embedding_A"
     b_key = "lora_embedding_B"
     drops_input = False
-
-    @override
-    def sizes(self, base: nn.Module) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        assert isinstance(base, nn.Embedding)
-        return base.embedding_dim, (base.num_embeddings,), ()
 
     @override
     def down(self, base: nn.Module, x: Tensor, A: Tensor) -> Tensor:
@@ -197,14 +100,6 @@ class EmbeddingKind(LayerKind):
     @override
     def up(self, base: nn.Module, h: Tensor, B: Tensor) -> Tensor:
         return F.linear(h, B) * embedding_scale(base)
-
-    @override
-    def matrix(self, weight: Tensor) -> Float[Tensor, "o n"]:
-        return weight.T
-
-    @override
-    def weight(self, matrix: Float[Tensor, "o n"], base: nn.Module) -> Tensor:
-        return matrix.T
 
 
 def embedding_scale(base: nn.Module) -> float:
@@ -221,18 +116,15 @@ def embedding_scale(base: nn.Module) -> float:
 
 LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: LinearKind(),
-    Conv1D: TransposedLinearKind(),
+    Conv1D: LinearKind(transposed=True),
     nn.Conv1d: ConvolutionKind(),
     nn.Conv2d: ConvolutionKind(),
     nn.Conv3d: ConvolutionKind(),
-    nn.Embedding: EmbeddingKind(),
+    nn.Embedding: EmbeddingKind(transposed=True),
 }
 """Which layers can be adapted."""
 
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
     """The kind of `module` (subclasses count), or None when it can't be adapted."""
-    for cls, kind in LAYER_KINDS.items():
-        if isinstance(module, cls):
-            return kind
-    return None
+    return next((kind for cls, kind in LAYER_KINDS.items() if isinstance(module, cls)), None)

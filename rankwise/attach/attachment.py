@@ -6,14 +6,16 @@ and the original waits here, so the model's names and forwards stay as they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, cast, final
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rankwise.adapters.base import AdapterLayer
 from rankwise.adapters.config import LoraConfig
-from rankwise.adapters.tokens import TiedTokenRows, TokenRows
+from rankwise.adapters.tokens import TokenRows
 from rankwise.errors import RequestError
 
 ATTRIBUTE = "rankwise_attachment"
@@ -32,6 +34,8 @@ class Attachment(nn.Module):
         """False inside `disabled`."""
         self.holds_embeddings = False
         """Whether the adapter's folder held the whole embeddings (a changed vocabulary), and will again."""
+        self.vocabulary_before: int | None = None
+        """Rows of the plain model's embeddings, where loading has changed their number."""
         self.share_left_out = 0.0
         self.largest_left_out: list[str] = []
         self.exchanged: dict[str, bool] = {}
@@ -46,76 +50,69 @@ class Attachment(nn.Module):
 
         Frozen copies of one shared original stay shared (tied embeddings); trained ones are each their own, as in PEFT.
         """
-        owner, leaf = owner_of(model, name)
-        if leaf in owner._parameters:
-            original = owner._parameters[leaf]
-            assert original is not None
+        slot, leaf = _slot(model, name)
+        original = slot[leaf]
+        twins = [other for other, trained in self.exchanged.items() if not trained and self.waiting(other) is original]
+        if twins and not trainable:
+            copy = self.current(model, twins[0])
+        elif isinstance(original, nn.Parameter):
             copy = nn.Parameter(original.detach().clone(), requires_grad=trainable)
-            if not trainable:
-                for other in self.exchanged:
-                    if not self.exchanged[other] and self._parameters.get(_key(other)) is original:
-                        copy = cast(nn.Parameter, self.current(model, other))
-            owner._parameters[leaf] = copy
-            self.register_parameter(_key(name), original)
         else:
-            original_buffer = owner._buffers[leaf]
-            assert original_buffer is not None
-            owner._buffers[leaf] = original_buffer.detach().clone()
-            self.register_buffer(_key(name), original_buffer)
+            copy = original.detach().clone()
+        self.keep(f"original:{name}", original)
+        slot[leaf] = copy
         self.exchanged[name] = trainable
 
     def swap(self, model: nn.Module) -> None:
         """Exchanges copies and originals; twice is as nothing."""
         for name in self.exchanged:
-            owner, leaf = owner_of(model, name)
-            if leaf in owner._parameters:
-                owner._parameters[leaf], self._parameters[_key(name)] = (
-                    self._parameters[_key(name)],
-                    owner._parameters[leaf],
-                )
-            else:
-                owner._buffers[leaf], self._buffers[_key(name)] = self._buffers[_key(name)], owner._buffers[leaf]
+            (slot, leaf), (kept, key) = _slot(model, name), self._kept(f"original:{name}")
+            slot[leaf], kept[key] = kept[key], slot[leaf]
 
     def waiting(self, name: str) -> Tensor:
         """Of the two tensors of `name`, the one that is not in place now: the original, unless inside `disabled`."""
-        waiting = self._parameters.get(_key(name), self._buffers.get(_key(name)))
-        assert waiting is not None
-        return waiting
+        return self.kept(f"original:{name}")
 
     def current(self, model: nn.Module, name: str) -> Tensor:
-        """The tensor that stands in for the original `name`, inside `disabled` as well."""
-        if not self.active:
+        """The tensor that stands for `name` with the adapter, inside `disabled` as well."""
+        if name in self.exchanged and not self.active:
             return self.waiting(name)
-        owner, leaf = owner_of(model, name)
-        tensor = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
-        assert tensor is not None
-        return tensor
+        slot, leaf = _slot(model, name)
+        return slot[leaf]
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Keeps `tensor` under `name`, which may have dots."""
+        register = self.register_parameter if isinstance(tensor, nn.Parameter) else self.register_buffer
+        register(name.replace(".", ":"), tensor)  # type: ignore[arg-type]
+
+    def kept(self, name: str) -> Tensor:
+        """What `keep` was given."""
+        slot, key = self._kept(name)
+        return slot[key]
+
+    def _kept(self, name: str) -> tuple[dict[str, Tensor], str]:
+        key = name.replace(".", ":")
+        return cast(dict[str, Tensor], self._parameters if key in self._parameters else self._buffers), key
 
 
-def _key(name: str) -> str:
-    return "original:" + name.replace(".", ":")
-
-
-def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that owns parameter or buffer `name`, and its name there. Adapter layers are looked through."""
+def _slot(model: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
+    """The dict that holds parameter or buffer `name`, and its key there. Adapter layers are looked through."""
     path, _, leaf = name.rpartition(".")
     owner = model
     for part in path.split(".") if path else ():
-        owner = _through(owner)._modules[part]
-        assert owner is not None, f"no module '{path}'"
-    return _through(owner), leaf
+        owner = cast(nn.Module, base_of(owner)._modules[part])
+    owner = base_of(owner)
+    return cast(dict[str, Tensor], owner._parameters if leaf in owner._parameters else owner._buffers), leaf
 
 
-def _through(module: nn.Module) -> nn.Module:
-    while isinstance(module, AdapterLayer):
-        module = module.base
-    return module
+def base_of(module: nn.Module) -> nn.Module:
+    """The base of an adapter layer; any other module is its own."""
+    return module.base if isinstance(module, AdapterLayer) else module
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
     """The model's Attachment, or None when nothing is attached."""
-    found = model._modules.get(ATTRIBUTE)
-    return cast(Attachment, found) if found is not None else None
+    return cast(Attachment | None, model._modules.get(ATTRIBUTE))
 
 
 def need_attachment(model: nn.Module) -> Attachment:
@@ -134,95 +131,63 @@ def need_active(model: nn.Module, action: str) -> Attachment:
     return attachment
 
 
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """The adapter layers by the name of the layer that they wrap, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
+def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """The plain model's parameters, by its own names, with the module or adapter layer there. Shared ones come again.
+
+    Exchanged ones are those in place now.
+    """
+    wrapped = {layer.base for layer in adapter_layers(model).values()}
+    for name, module in model.named_modules():
+        if module not in wrapped and not isinstance(module, Attachment):
+            for leaf, parameter in base_of(module)._parameters.items():
+                if parameter is not None:
+                    yield f"{name}.{leaf}" if name else leaf, module, parameter
+
+
 def file_name(model: nn.Module, name: str) -> str:
     """A base tensor's name in PEFT's file: inside a wrapped layer it moves below `base_layer`."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
-    if isinstance(owner, (TokenRows, TiedTokenRows)):
+    if isinstance(owner, TokenRows):
         return f"{path}.token_adapter.base_layer.{leaf}"
     return f"{path}.base_layer.{leaf}" if isinstance(owner, AdapterLayer) else name
 
 
-@final
-class AdapterSaver:
-    """Stands in for `save_pretrained` of an attached model: writes the adapter folder.
+def replace_modules(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
+    """Puts the replacement wherever a module of `replacements` stands in the tree: a shared module has several."""
+    for parent in list(model.modules()):
+        if parent in replacements:
+            continue  # a wrapper's own `base`
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
 
-    Takes the arguments that transformers' Trainer passes; those that would need the whole model are refused.
+
+@contextlib.contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """After an error in the block the model is as before, whatever was attached, detached or resized in it.
+
+    Values are not copied: what is written into tensors in place is not undone.
     """
-
-    def __init__(self, model: nn.Module, save: Callable[[nn.Module, str], None]) -> None:
-        self.model = model
-        self.save = save
-
-    def __call__(
-        self,
-        save_directory: Any,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,  # Trainer passes the model's own
-        push_to_hub: bool = False,
-        max_shard_size: Any = None,  # adapters are one file
-        safe_serialization: bool = True,
-    ) -> None:
-        """Writes `adapter_config.json` and `adapter_model.safetensors` into `save_directory`."""
-        if push_to_hub:
-            raise RequestError("push_to_hub=True: call push_to_hub(repo_id) of the attached model instead")
-        if not safe_serialization:
-            raise RequestError(
-                "safe_serialization=False would write a pickle file; adapters are saved as safetensors only"
-            )
-        if is_main_process:
-            self.save(self.model, str(save_directory))
-
-
-@final
-class AdapterPusher:
-    """Stands in for `push_to_hub` of an attached model: uploads the adapter folder."""
-
-    def __init__(self, model: nn.Module, save: Callable[[nn.Module, str], None]) -> None:
-        self.model = model
-        self.save = save
-
-    def __call__(
-        self, repo_id: str, commit_message: str = "Upload LoRA adapter", private: bool | None = None,
-        token: str | bool | None = None, revision: str | None = None,
-    ) -> str:  # fmt: skip
-        """Creates the repository if need be and uploads the folder; returns the commit's address."""
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(self.model, folder)
-            done = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
-            )
-        return str(done)
-
-
-@final
-class VocabularyGuard:
-    """Stands in for `resize_token_embeddings` of an attached model: vocabulary changes come before attaching."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, new_num_tokens: int | None = None, *more: Any, **named: Any) -> nn.Module:
-        """Raises: RequestError when a size is asked for; with none it returns the input embedding, as transformers."""
-        if new_num_tokens is None:
-            embedding = self.model.get_input_embeddings()  # type: ignore[operator]
-            assert isinstance(embedding, nn.Module)
-            return embedding
-        raise RequestError(
-            f"resize_token_embeddings({new_num_tokens}) on an attached model would replace adapted layers; "
-            "detach, resize, and attach again"
-        )
-
-
-@final
-class TieGuard:
-    """Stands in for `tie_weights` of an attached model: what is tied is so already, and an adapter may part it."""
-
-    def __call__(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
-        """Does nothing: transformers would put base weights where wrapped or trained ones are."""
+    modules = list(model.modules())
+    contents = [vars(module) for module in modules]
+    contents += [d for module in modules for d in (module._modules, module._parameters, module._buffers)]
+    if isinstance(model, PreTrainedModel):
+        contents.append(vars(model.config.get_text_config()))
+    before = [(content, dict(content)) for content in contents]
+    parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for content, was in before:
+            content.clear()
+            content.update(was)
+        for parameter, data, requires_grad in parameters:
+            parameter.data = data  # transformers resizes embeddings in place
+            parameter.requires_grad_(requires_grad)
+        raise

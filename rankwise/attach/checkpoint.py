@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,39 +16,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.adapters.base import AdapterLayer
 from rankwise.adapters.config import LoraConfig, start_name
 from rankwise.adapters.starts import TAKEN_FROM_BASE
-from rankwise.adapters.tokens import ROWS, TiedTokenRows
 from rankwise.attach import peft_format
 from rankwise.attach.attachment import (
-    ATTRIBUTE,
     Attachment,
+    adapter_layers,
     attachment_of,
     file_name,
     need_active,
     need_attachment,
+    unchanged_on_error,
 )
-from rankwise.attach.inject import (
-    adapter_layers,
-    adapter_parameters,
-    detach,
-    guard_methods,
-    inject,
-    ranks,
-    replace_modules,
-)
+from rankwise.attach.inject import adapter_parameters, adapter_tensors, detach, inject
 from rankwise.attach.targets import alpha_in, rank_in
-from rankwise.attach.vocabulary import (
-    embedding_names,
-    embedding_tensors,
-    remember_vocabulary,
-    resize_vocabulary,
-    take_embedding,
-)
+from rankwise.attach.vocabulary import embedding_names, embedding_tensors, resize_vocabulary, take_embedding
 from rankwise.errors import RequestError, WorkError
 from rankwise.files import replacing, replacing_folder
 
@@ -86,60 +70,55 @@ def save_adapter(model: nn.Module, folder: Path_) -> None:
 
 def peft_config(model: nn.Module) -> dict[str, object]:
     """The content of `adapter_config.json`."""
-    layers = adapter_layers(model)
     config = need_attachment(model).config
-    doubled = any(layer.holds_start for layer in layers.values())
-    fields = peft_format.config_to_peft(config, doubled)
-    fields.update(_patterns_as_saved(model, config, fields))
-    fields["fan_in_fan_out"] = any(isinstance(layer.base, Conv1D) for layer in layers.values())
+    fields = peft_format.config_to_peft(_config_as_saved(model, config))
+    fields["fan_in_fan_out"] = any(isinstance(layer.base, Conv1D) for layer in adapter_layers(model).values())
     if config.task_type is None:
         fields["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return fields
 
 
-def _patterns_as_saved(model: nn.Module, config: LoraConfig, fields: dict[str, object]) -> dict[str, object]:
-    """Patterns that say what is saved, where those in `fields` don't: every layer under its own name.
+def _config_as_saved(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """`config` with patterns that say what is saved: where its own don't, every layer under its own name.
 
     The first pattern that fits decides, but the file sorts its keys; and layers that were resized may not have the rank
     of the configuration, or not twice that with a frozen start.
     """
-    written = config.with_(
-        r=fields["r"],
-        lora_alpha=fields["lora_alpha"],
-        rank_pattern=dict(sorted(fields["rank_pattern"].items())),  # type: ignore[attr-defined]
-        alpha_pattern=dict(sorted(fields["alpha_pattern"].items())),  # type: ignore[attr-defined]
+    written = peft_format.doubled(config) if start_name(config.init_lora_weights) in TAKEN_FROM_BASE else config
+    read = written.with_(
+        rank_pattern=dict(sorted(written.rank_pattern.items())),
+        alpha_pattern=dict(sorted(written.alpha_pattern.items())),
     )
-    saved_ranks: dict[str, int] = {}
-    saved_alphas: dict[str, float] = {}
-    for name, layer in adapter_layers(model).items():
-        if layer.rank:
-            rank = next(iter(layer.to_peft().values())).shape[0]
-            growth = rank / layer.rank
-            saved_ranks[name] = rank
-            saved_alphas[name] = alpha_in(config, name) * (growth**0.5 if config.use_rslora else growth)
-    patterns: dict[str, object] = {}
-    if any(rank_in(written, name) != rank for name, rank in saved_ranks.items()):
-        patterns["rank_pattern"] = {f"^{name}": rank for name, rank in saved_ranks.items()}
-    if any(alpha_in(written, name) != alpha for name, alpha in saved_alphas.items()):
-        patterns["alpha_pattern"] = {f"^{name}": alpha for name, alpha in saved_alphas.items()}
-    return patterns
+    layers = {name: layer for name, layer in adapter_layers(model).items() if layer.rank}
+    saved_ranks = {name: next(iter(layer.to_peft().values())).shape[0] for name, layer in layers.items()}
+    alphas = dict[str, int | float]()
+    for name, layer in layers.items():
+        growth = saved_ranks[name] / layer.rank
+        alphas[name] = alpha_in(config, name) * (growth**0.5 if config.use_rslora else growth)
+    if any(rank_in(read, name) != rank for name, rank in saved_ranks.items()):
+        written = written.with_(rank_pattern={f"^{name}": rank for name, rank in saved_ranks.items()})
+    if any(alpha_in(read, name) != alpha for name, alpha in alphas.items()):
+        written = written.with_(alpha_pattern={f"^{name}": alpha for name, alpha in alphas.items()})
+    return written
 
 
 def peft_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The content of `adapter_model.safetensors`, under names relative to the model, contiguous and apart."""
+    found = {**embedding_tensors(model), **file_tensors(model)}
+    for name, layer in adapter_layers(model).items():
+        found.update({f"{name}.{key}": tensor for key, tensor in layer.to_peft().items()})
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(found.items())}
+
+
+def file_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's own tensors under the names that PEFT's file has for them, relative to the model. Not copies."""
     attachment = need_attachment(model)
     found: dict[str, Tensor] = {}
     for name, layer in adapter_layers(model).items():
-        found.update({f"{name}.{key}": tensor for key, tensor in layer.to_peft().items()})
+        found.update({f"{name}.{key}": parameter for key, parameter in layer.peft_parameters().items()})
     for name in attachment.exchanged:
         found[file_name(model, name)] = attachment.current(model, name)
-    for name in embedding_tensors(model, attachment):
-        owner = model.get_submodule(name.rpartition(".")[0])
-        base = owner.base if isinstance(owner, AdapterLayer) else owner
-        found.setdefault(file_name(model, name), base.weight)  # type: ignore[arg-type]
-        if isinstance(owner, TiedTokenRows):
-            found[f"{name.rpartition('.')[0]}.{ROWS}"] = owner.rows
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(found.items())}
+    return found
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -190,118 +169,78 @@ def load_adapter(model: Model, folder: Path_, trainable: bool = False) -> Model:
     """Attaches the adapter in `folder`; where one is attached already, it is replaced in place.
 
     `trainable`: whether its parameters take gradients (to go on training). A changed vocabulary is saved with the
-    adapter, and the model's embeddings are resized to it.
+    adapter, and the model's embeddings are resized to it until `detach`.
 
     Raises: RequestError, with the model as it was, when the folder does not fit its configuration or the model.
     """
     config, tensors = read_config(folder), read_tensors(folder)
     attachment = need_active(model, "load an adapter") if attachment_of(model) is not None else None
-    if attachment is not None and _same_layout(model, attachment, config):
-        extra = _check_names(model, tensors, str(folder))
-        if not extra:
-            _fill(model, tensors)
-            attachment.config = config.with_(target_modules=attachment.config.target_modules)
-            return _set_trainable(model, trainable)
-    previous = _take_out(model)
-    unresize = remember_vocabulary(model)
-    try:
-        resize_vocabulary(model, tensors, str(folder))
-        inject(model, config, generator=None, start=False)
-        for name in _check_names(model, tensors, str(folder)):
-            take_embedding(model, name, tensors)
-        _fill(model, tensors)
-    except BaseException:
-        _take_out(model)
-        unresize()
-        _put_back(model, previous)
-        raise
-    return _set_trainable(model, trainable)
-
-
-def _set_trainable(model: Model, trainable: bool) -> Model:
+    if attachment is not None and _same_layout(model, attachment, config, tensors):
+        attachment.config = config.with_(target_modules=attachment.config.target_modules)
+        _copy(file_tensors(model), tensors)
+    else:
+        with unchanged_on_error(model):
+            _attach_saved(model, config, tensors, str(folder))
     for parameter in adapter_parameters(model).values():
         parameter.requires_grad_(trainable)
     return model
 
 
-def _same_layout(model: nn.Module, attachment: Attachment, config: LoraConfig) -> bool:
-    """Whether the attached layers are those of `config`: then its tensors can be copied in.
+def _attach_saved(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], where: str) -> None:
+    if attachment_of(model) is not None:
+        detach(model)
+    resized = resize_vocabulary(model, tensors, where)
+    inject(model, config, generator=None, start=False)
+    if resized is not None:
+        attachment = need_attachment(model)
+        attachment.vocabulary_before, cut = resized
+        for name, rows in cut.items():
+            attachment.keep(f"cut:{name}", rows)
+    own, whole = file_tensors(model), embedding_names(model)
+    _check(own, tensors, f"'{where}'", beside=whole)
+    for name in tensors.keys() - own.keys():
+        take_embedding(model, name, tensors[name])
+    _copy(own, tensors)
 
-    A start that is subtracted (PiSSA) belongs to the layers, so both must have none; whole embeddings and grown ranks
-    are looked at anew.
+
+def _same_layout(model: nn.Module, attachment: Attachment, config: LoraConfig, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the attached layers are those of `config`, by what they save and compute: its tensors can be copied in.
+
+    A start that is subtracted (PiSSA) belongs to the layers, so both must have none; whole embeddings are looked at
+    anew.
     """
-    fields = (
-        "r", "exclude_modules", "bias", "use_dora", "rank_pattern", "layers_to_transform", "layers_pattern",
-        "modules_to_save", "trainable_token_indices", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout",
-    )  # fmt: skip
     mine = attachment.config
-    if any(getattr(mine, name) != getattr(config, name) for name in fields):
-        return False
     if {start_name(mine.init_lora_weights), start_name(config.init_lora_weights)} & TAKEN_FROM_BASE:
         return False
-    if attachment.holds_embeddings or any(rank_in(mine, name) != rank for name, rank in ranks(model).items()):
+    own = {name: tensor.shape for name, tensor in file_tensors(model).items()}
+    if attachment.holds_embeddings or own != {name: tensor.shape for name, tensor in tensors.items()}:
         return False
-    return _as_set(mine.target_modules) == _as_set(config.target_modules)
+    return _layout(mine) == _layout(config)
 
 
-def _as_set(names: str | list[str]) -> str | set[str]:
-    return names if isinstance(names, str) else set(names)
+def _layout(config: LoraConfig) -> dict[str, object]:
+    """The settings that decide which layers there are and what they compute."""
+    targets = config.target_modules
+    ordered = targets if isinstance(targets, str) else sorted(set(targets))
+    no_say = ("init_lora_weights", "init_scale", "task_type", "base_model_name_or_path", "revision")
+    return {**vars(config), "target_modules": ordered, **dict.fromkeys(no_say)}
 
 
-Previous = tuple[Attachment, dict[str, AdapterLayer]] | None
-
-
-def _take_out(model: nn.Module) -> Previous:
-    attachment = attachment_of(model)
-    if attachment is None:
-        return None
-    layers = adapter_layers(model)
-    detach(model)
-    return attachment, layers
-
-
-def _put_back(model: nn.Module, previous: Previous) -> None:
-    """The inverse of `_take_out`."""
-    if previous is None:
-        return
-    attachment, layers = previous
-    model.requires_grad_(False)
-    replace_modules(model, {layer.base: layer for layer in layers.values()})
-    model.add_module(ATTRIBUTE, attachment)
-    attachment.swap(model)
-    if isinstance(model, PreTrainedModel):
-        guard_methods(model)
-
-
-def _expected(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    attachment = need_attachment(model)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, layer in adapter_layers(model).items():
-        shapes.update({f"{name}.{key}": shape for key, shape in layer.peft_shapes().items()})
-    for name in attachment.exchanged:
-        shapes[file_name(model, name)] = tuple(attachment.current(model, name).shape)
-    return shapes
-
-
-def _check_names(model: nn.Module, tensors: dict[str, Tensor], where: str) -> list[str]:
-    """Names in the file that are whole embeddings beside the adapter; anything else that differs is an error."""
-    expected = _expected(model)
-    missing = [name for name in expected if name not in tensors]
+def _check(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str, beside: Container[str] = ()) -> None:
+    """Raises: RequestError when `given` does not have the names and shapes of `own`; names in `beside` may be more."""
+    missing = [name for name in own if name not in given]
     if missing:
-        raise RequestError(f"'{where}' lacks {_some(missing)}, which its configuration asks for in this model")
+        raise RequestError(f"{what} lacks {_some(missing)}, which its configuration asks for in this model")
     wrong = [
-        f"{name} {list(tensors[name].shape)} where the model has {list(shape)}"
-        for name, shape in expected.items()
-        if tuple(tensors[name].shape) != shape
+        f"{name} {list(given[name].shape)} where the model has {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if given[name].shape != tensor.shape
     ]
     if wrong:
-        raise RequestError(f"'{where}' disagrees with its configuration or this model: {_some(wrong)}")
-    extra = [name for name in tensors if name not in expected]
-    known = embedding_names(model)
-    strange = [name for name in extra if name not in known]
+        raise RequestError(f"{what} disagrees with its configuration or this model: {_some(wrong)}")
+    strange = [name for name in given if name not in own and name not in beside]
     if strange:
-        raise RequestError(f"'{where}' holds {_some(strange)}, which its configuration has no place for in this model")
-    return extra
+        raise RequestError(f"{what} holds {_some(strange)}, which its configuration has no place for in this model")
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:
@@ -310,34 +249,18 @@ def _some(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(listed[:most]) + rest
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    attachment = need_attachment(model)
-    for name, layer in adapter_layers(model).items():
-        layer.from_peft({key: tensors[f"{name}.{key}"] for key in layer.peft_shapes()})
-    with torch.no_grad():
-        for name in attachment.exchanged:
-            attachment.current(model, name).copy_(tensors[file_name(model, name)])
+@torch.no_grad()
+def _copy(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    for name, tensor in own.items():
+        tensor.copy_(given[name])
 
 
 # --- native state --------------------------------------------------------------------------------------------------
 
 
 def native_state(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that the adapter is, by full name: parameters, frozen starts, exchanged tensors. Not copies.
-
-    Raises: RequestError when nothing is attached.
-    """
-    attachment = need_attachment(model)
-    found: dict[str, Tensor] = {}
-    for name, layer in adapter_layers(model).items():
-        if isinstance(layer, TiedTokenRows):
-            continue
-        for key, tensor in layer.state_dict(keep_vars=True).items():
-            if not key.startswith("base."):
-                found[f"{name}.{key}"] = tensor
-    for name in attachment.exchanged:
-        found[name] = attachment.current(model, name)
-    return found
+    """The adapter as it is, by full name (see `adapter_tensors`). Not copies."""
+    return adapter_tensors(model)
 
 
 def load_native_state(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -346,16 +269,5 @@ def load_native_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     Raises: RequestError, with nothing copied, when names or shapes differ.
     """
     own = native_state(model)
-    if own.keys() != state.keys():
-        different = sorted(own.keys() ^ state.keys())
-        raise RequestError(f"the saved state and the attached adapter differ in {_some(different)}")
-    wrong = [
-        f"{name} {list(state[name].shape)} and {list(own[name].shape)}"
-        for name in own
-        if own[name].shape != state[name].shape
-    ]
-    if wrong:
-        raise RequestError(f"the saved state and the attached adapter differ in shape: {_some(wrong)}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+    _check(own, state, "the saved state")
+    _copy(own, state)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields as fields_of
 from typing import Any
 
 from torch import Tensor
@@ -36,34 +37,33 @@ _HARMLESS = frozenset(
 )
 """Those of them whose value does not change what a saved adapter computes."""
 
-_SHARED = (
-    "r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "bias", "use_rslora", "use_dora",
-    "init_lora_weights", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "modules_to_save",
-    "trainable_token_indices", "task_type", "base_model_name_or_path", "revision",
-)  # fmt: skip
+_SHARED = tuple(field.name for field in fields_of(LoraConfig) if field.name not in {"kind", "init_scale"})
 """Fields that are ours and PEFT's."""
 
 _MOVED_BASE = ("corda", "lora_ga", "loftq", "pissa_niter_")
 """Starts that change the base by data or random draws that the folder does not hold."""
 
 
-def config_to_peft(config: LoraConfig, doubled: bool = False) -> dict[str, Any]:
-    """`adapter_config.json` of `config`.
-
-    `doubled`: the weights hold a frozen start as well, so ranks are twice as large and alphas keep the scale (twice for
-    alpha/r, sqrt(2) times for alpha/sqrt(r)).
-    """
+def config_to_peft(config: LoraConfig) -> dict[str, Any]:
+    """`adapter_config.json` of `config`."""
     fields: dict[str, Any] = {**_ABSENT, **{name: getattr(config, name) for name in _SHARED}}
-    fields["rank_pattern"], fields["alpha_pattern"] = dict(config.rank_pattern), dict(config.alpha_pattern)
-    if doubled:
-        more = 2**0.5 if config.use_rslora else 2
-        fields["r"] = 2 * config.r
-        fields["lora_alpha"] = config.lora_alpha * more
-        fields["rank_pattern"] = {name: 2 * rank for name, rank in config.rank_pattern.items()}
-        fields["alpha_pattern"] = {name: alpha * more for name, alpha in config.alpha_pattern.items()}
-        fields["init_lora_weights"] = True
     fields.update(peft_type="LORA", peft_version=PEFT_VERSION, inference_mode=True)
     return dict(sorted(fields.items()))
+
+
+def doubled(config: LoraConfig) -> LoraConfig:
+    """The plain LoRA that weights with a frozen start beside them are: twice the ranks, and alphas that keep the scale.
+
+    Those are twice for alpha/r and sqrt(2) times for alpha/sqrt(r).
+    """
+    more = 2**0.5 if config.use_rslora else 2
+    return config.with_(
+        r=2 * config.r,
+        lora_alpha=config.lora_alpha * more,
+        rank_pattern={name: 2 * rank for name, rank in config.rank_pattern.items()},
+        alpha_pattern={name: alpha * more for name, alpha in config.alpha_pattern.items()},
+        init_lora_weights=True,
+    )
 
 
 def config_from_peft(fields: Mapping[str, Any], where: str) -> LoraConfig:
@@ -75,7 +75,7 @@ def config_from_peft(fields: Mapping[str, Any], where: str) -> LoraConfig:
     if method != "LORA":
         raise RequestError(f"'{where}' is a {method!r} adapter; only LORA folders can be read")
     _refuse_variants(fields, where)
-    known = {name: fields[name] for name in _SHARED if fields.get(name) is not None}
+    known = {name: fields[name] for name in _SHARED if fields.get(name) not in (None, [])}
     if "target_modules" not in known:
         raise RequestError(f"'{where}' does not say its target_modules; add them to {CONFIG_FILE}")
     start = known.get("init_lora_weights", True)
@@ -87,12 +87,6 @@ def config_from_peft(fields: Mapping[str, Any], where: str) -> LoraConfig:
             )
         if start.lower() not in {"gaussian", "orthogonal", "pissa", "olora"}:
             known["init_lora_weights"] = True  # the other starts leave the base alone; only the weights matter now
-    known["rank_pattern"], known["alpha_pattern"] = known.get("rank_pattern", {}), known.get("alpha_pattern", {})
-    if known["target_modules"] != ALL_LINEAR and isinstance(known["target_modules"], list):
-        known["target_modules"] = list(known["target_modules"])
-    for pattern in ("layers_pattern", "layers_to_transform", "exclude_modules", "modules_to_save"):
-        if known.get(pattern) == []:
-            del known[pattern]
     try:
         return build(LoraConfig, known, CONFIG_FILE)
     except RequestError as error:

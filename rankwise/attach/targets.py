@@ -7,11 +7,12 @@ both; unlike there, whatever matches nothing is an error that names what is near
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -46,24 +47,42 @@ def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> l
     modules = dict(model.named_modules())
     names = [name for name in modules if name]
     _check_expressions(config)
-    if is_all_linear(config):
-        matched = [name for name in _all_linear(model, config, modules) if not _excluded(config, name)]
-    else:
-        matched = [name for name in names if _matches(config, name)]
+    if strict and not is_all_linear(config):
+        refuse_unmatched("target_modules", config.target_modules, names)
     if strict:
-        _check_each_target(config, names)
-        _check_exclusions(config, names)
+        refuse_unmatched("exclude_modules", config.exclude_modules or [], names)
+    linear = _all_linear(model, config, modules) if is_all_linear(config) else None
+    matched = [name for name in names if _matches(config, name, linear)]
     if not matched:
+        adaptable = sorted({name.rsplit(".", 1)[-1] for name in names if layer_kind(modules[name]) is not None})
         raise RequestError(
             f"target_modules={config.target_modules!r} with its exclusions and layer numbers selects no layer"
-            + did_you_mean(str(config.target_modules), _adaptable_tails(modules))
+            + did_you_mean(str(config.target_modules), adaptable)
         )
     targets = [_target(config, name, modules[name]) for name in matched]
-    _check_called(model, modules, targets)
+    _check_usable(model, modules, targets)
     if strict:
         _check_numbers(config, names, matched)
         _check_patterns(config, matched)
     return targets
+
+
+def fits(given: str | Collection[str], name: str) -> bool:
+    """PEFT's rule: an expression fits a whole name, an entry of a list a whole name or its last parts."""
+    if isinstance(given, str):
+        return re.fullmatch(given, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in given)
+
+
+def refuse_unmatched(option: str, given: str | Iterable[str], names: Iterable[str]) -> None:
+    """Raises: RequestError when an expression, or an entry of a list, fits none of the modules' names."""
+    if isinstance(given, str):
+        if not any(fits(given, name) for name in names):
+            raise RequestError(f"{option} expression {given!r} matches no module in full{did_you_mean(given, names)}")
+        return
+    for entry in given:
+        if not any(fits([entry], name) for name in names):
+            raise RequestError(f"{option} names '{entry}', which matches no module{did_you_mean(entry, _tails(names))}")
 
 
 def is_all_linear(config: LoraConfig) -> bool:
@@ -100,9 +119,7 @@ def shortest_names(targets: Iterable[str], model: nn.Module) -> list[str]:
     """The last parts of the targets' names where those select the same layers and no others, else the full names."""
     wanted = set(targets)
     tails = sorted({name.rsplit(".", 1)[-1] for name in wanted})
-    selected = {
-        name for name, _ in model.named_modules() if name in tails or any(name.endswith(f".{tail}") for tail in tails)
-    }
+    selected = {name for name, _ in model.named_modules() if fits(tails, name)}
     return tails if selected == wanted else sorted(wanted)
 
 
@@ -112,7 +129,8 @@ def weight_share_left_out(model: nn.Module, targets: list[Target]) -> tuple[floa
     Counts parameters of two and more dimensions; embeddings and output head are not layers.
     """
     covered = {id(parameter) for target in targets for parameter in target.module.parameters()}
-    ends = {id(parameter) for module in _embedding_modules(model) for parameter in module.parameters()}
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)] + embedding_ends(model)
+    ends = {id(parameter) for module in embeddings for parameter in module.parameters()}
     whole, left = 0, {}
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or id(parameter) in ends:
@@ -123,10 +141,6 @@ def weight_share_left_out(model: nn.Module, targets: list[Target]) -> tuple[floa
             left[short] = left.get(short, 0) + parameter.numel()
     largest = sorted(left, key=lambda name: -left[name])[:4]
     return (sum(left.values()) / whole if whole else 0.0), largest
-
-
-def _embedding_modules(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, nn.Embedding)] + embedding_ends(model)
 
 
 def embedding_ends(model: nn.Module) -> list[nn.Module]:
@@ -142,32 +156,27 @@ def embedding_ends(model: nn.Module) -> list[nn.Module]:
     return [end for end in ends if end is not None]
 
 
-def _all_linear(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
-    left_out: set[nn.Module] = set()
-    if isinstance(model, PreTrainedModel):
-        heads = embedding_ends(model)[1:]
-        if heads:
-            left_out.update(heads)
-        elif config.task_type == "SEQ_CLS":
-            left_out |= {module for name, module in modules.items() if name in CLASSIFIER_HEADS}
-    whole = config.modules_to_save or ()
-    return [
-        name
-        for name, module in modules.items()
-        if isinstance(module, (nn.Linear, Conv1D)) and module not in left_out and not _inside(name, whole)
-    ]
+def _all_linear(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module]) -> set[str]:
+    left_out = embedding_ends(model)[1:]
+    if isinstance(model, PreTrainedModel) and not left_out and config.task_type == "SEQ_CLS":
+        left_out = [modules[name] for name in CLASSIFIER_HEADS if name in modules]
+    linear = {name: module for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))}
+    return {name for name, module in linear.items() if not any(module is head for head in left_out)}
 
 
-def _matches(config: LoraConfig, name: str) -> bool:
-    if _excluded(config, name) or _inside(name, config.modules_to_save or ()):
+def _matches(config: LoraConfig, name: str, linear: Collection[str] | None = None) -> bool:
+    """Whether layer `name` is a target; `linear` are the names that `all-linear` means."""
+    if config.exclude_modules and fits(config.exclude_modules, name):
         return False
-    if isinstance(config.target_modules, str):
-        return re.fullmatch(config.target_modules, name) is not None
-    if name in config.target_modules:
+    if any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save or ()):
+        return False  # PEFT's pattern: it is, or lies inside, a module that is trained whole
+    if linear is not None:
+        return name in linear
+    if not fits(config.target_modules, name):
+        return False
+    if isinstance(config.target_modules, str) or name in config.target_modules:
         return True  # as in PEFT, a full name is not subject to layers_to_transform
-    if not any(name.endswith(f".{target}") for target in config.target_modules):
-        return False
-    return config.layers_to_transform in (None, []) or _layer_number(config, name) in _numbers(config)
+    return config.layers_to_transform is None or _layer_number(config, name) in _numbers(config)
 
 
 def _numbers(config: LoraConfig) -> list[int]:
@@ -177,42 +186,10 @@ def _numbers(config: LoraConfig) -> list[int]:
 
 def _layer_number(config: LoraConfig, name: str) -> int | None:
     """The first number between dots (`layers.3.`), or the one after a name in `layers_pattern`."""
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    if not patterns:
-        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
-        return int(found["idx"]) if found else None
-    for pattern in patterns:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name)
-        if found:
-            return int(found["idx"])
-    return None
-
-
-def _excluded(config: LoraConfig, name: str) -> bool:
-    if not config.exclude_modules:
-        return False
-    if isinstance(config.exclude_modules, str):
-        return re.fullmatch(config.exclude_modules, name) is not None
-    return name in config.exclude_modules or any(name.endswith(f".{entry}") for entry in config.exclude_modules)
-
-
-def _inside(name: str, whole: Iterable[str]) -> bool:
-    """Whether `name` is, or lies inside, a module that is trained whole (PEFT's pattern)."""
-    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in whole)
-
-
-def _check_each_target(config: LoraConfig, names: list[str]) -> None:
-    if isinstance(config.target_modules, str):
-        if not is_all_linear(config) and not any(re.fullmatch(config.target_modules, name) for name in names):
-            raise RequestError(
-                f"target_modules expression {config.target_modules!r} matches no module in full"
-                + did_you_mean(config.target_modules, names)
-            )
-        return
-    for target in config.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            known = sorted({tail for name in names for tail in _tails(name)})
-            raise RequestError(f"target module '{target}' matches no module{did_you_mean(target, known)}")
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
+    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
+    found = [re.match(expression, name) for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]]
+    return next((int(match["idx"]) for match in found if match), None)
 
 
 def _check_numbers(config: LoraConfig, names: list[str], matched: list[str]) -> None:
@@ -232,34 +209,15 @@ def _check_patterns(config: LoraConfig, matched: list[str]) -> None:
     for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:
             if not any(_pattern_fits(pattern, name) for name in matched):
-                tails = sorted({tail for name in matched for tail in _tails(name)})
-                raise RequestError(f"{option}['{pattern}'] matches no adapted layer{did_you_mean(pattern, tails)}")
-
-
-def _check_exclusions(config: LoraConfig, names: list[str]) -> None:
-    if not config.exclude_modules:
-        return
-    if isinstance(config.exclude_modules, str):
-        if not any(re.fullmatch(config.exclude_modules, name) for name in names):
-            raise RequestError(f"exclude_modules expression {config.exclude_modules!r} matches no module in full")
-        return
-    for entry in config.exclude_modules:
-        if not any(name == entry or name.endswith(f".{entry}") for name in names):
-            known = sorted({tail for name in names for tail in _tails(name)})
-            raise RequestError(f"exclude_modules names '{entry}', which matches no module{did_you_mean(entry, known)}")
+                near = did_you_mean(pattern, _tails(matched))
+                raise RequestError(f"{option}['{pattern}'] matches no adapted layer{near}")
 
 
 def _check_expressions(config: LoraConfig) -> None:
-    layers_pattern = config.layers_pattern or []
-    expressions = {
-        "target_modules": config.target_modules if isinstance(config.target_modules, str) else [],
-        "exclude_modules": config.exclude_modules if isinstance(config.exclude_modules, str) else [],
-        "layers_pattern": layers_pattern,
-        "rank_pattern": list(config.rank_pattern),
-        "alpha_pattern": list(config.alpha_pattern),
-        "modules_to_save": config.modules_to_save or [],
-    }
-    for option, given in expressions.items():
+    names_or_one = ("target_modules", "exclude_modules")  # a list holds names, a string is an expression
+    options = [option for option in names_or_one if isinstance(getattr(config, option), str)]
+    for option in [*options, "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save"]:
+        given = getattr(config, option) or ()
         for expression in [given] if isinstance(given, str) else given:
             try:
                 re.compile(expression)
@@ -267,19 +225,25 @@ def _check_expressions(config: LoraConfig) -> None:
                 raise RequestError(f"{option} {expression!r} is not a regular expression: {error}") from None
 
 
-def _tails(name: str) -> list[str]:
+def _tails(names: Iterable[str]) -> list[str]:
     """`a.b.c` as `c`, `b.c`: what a target can say; parts with numbers are left out."""
-    parts = name.split(".")
-    return [".".join(parts[-length:]) for length in (1, 2) if length <= len(parts) and not parts[-length].isdigit()]
+    ends = [name.split(".")[-length:] for name in names for length in (1, 2)]
+    return sorted({".".join(end) for end in ends if not end[0].isdigit()})
 
 
-def _adaptable_tails(modules: dict[str, nn.Module]) -> list[str]:
-    return sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if layer_kind(module) is not None})
-
-
-def _check_called(model: nn.Module, modules: dict[str, nn.Module], targets: list[Target]) -> None:
-    """Layers that the model reads but never calls: an adapter there would do nothing."""
+def _check_usable(model: nn.Module, modules: dict[str, nn.Module], targets: list[Target]) -> None:
+    """Layers that can't be merged, or that the model reads but never calls: an adapter there would do nothing."""
     for target in targets:
+        if isinstance(target.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and target.module.groups > 1:
+            raise RequestError(
+                f"'{target.name}' is a grouped convolution (groups={target.module.groups}), whose low-rank change "
+                "can't be merged; exclude it"
+            )
+        if isinstance(target.module, NonDynamicallyQuantizableLinear):
+            raise RequestError(
+                f"'{target.name}' is the output projection inside nn.MultiheadAttention, which reads its weight and "
+                "never calls it: an adapter there would do nothing; exclude it"
+            )
         parent = modules[target.name.rpartition(".")[0]]
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             raise RequestError(
@@ -289,7 +253,8 @@ def _check_called(model: nn.Module, modules: dict[str, nn.Module], targets: list
     if not isinstance(model, PreTrainedModel) or not model.config.is_encoder_decoder:
         return
     shared = model.get_input_embeddings()  # T5's `shared`: encoder and decoder call their own embeddings of its weight
-    called = [name for name, module in modules.items() if module is not shared and _holds(module, shared.weight)]
+    embeddings = {name: module for name, module in modules.items() if isinstance(module, nn.Embedding)}
+    called = [name for name, own in embeddings.items() if own is not shared and own.weight is shared.weight]
     for target in targets:
         if target.module is shared and called:
             raise RequestError(
@@ -297,20 +262,8 @@ def _check_called(model: nn.Module, modules: dict[str, nn.Module], targets: list
             )
 
 
-def _holds(module: nn.Module, weight: object) -> bool:
-    return isinstance(module, nn.Embedding) and module.weight is weight
-
-
 def _pattern_fits(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
-def _from_pattern(patterns: dict[str, int] | dict[str, int | float], name: str, default: int | float) -> int | float:
-    """The first pattern that fits the end of `name` decides, as in PEFT."""
-    for pattern, value in patterns.items():
-        if _pattern_fits(pattern, name):
-            return value
-    return default
 
 
 def _target(config: LoraConfig, name: str, module: nn.Module) -> Target:
@@ -318,15 +271,15 @@ def _target(config: LoraConfig, name: str, module: nn.Module) -> Target:
     if kind is None:
         supported = ", ".join(cls.__name__ for cls in LAYER_KINDS)
         raise RequestError(f"'{name}' is a {type(module).__name__}, which can't be adapted; target one of {supported}")
-    kind.check(module, name)
     return Target(name, module, kind, rank_in(config, name), alpha_in(config, name))
 
 
 def rank_in(config: LoraConfig, name: str) -> int:
-    """The rank of layer `name` under `config`."""
-    return int(_from_pattern(config.rank_pattern, name, config.r))
+    """The rank of layer `name` under `config`: the first pattern that fits the end of its name decides, as in PEFT."""
+    return next((r for pattern, r in config.rank_pattern.items() if _pattern_fits(pattern, name)), config.r)
 
 
 def alpha_in(config: LoraConfig, name: str) -> int | float:
-    """The alpha of layer `name` under `config`."""
-    return _from_pattern(config.alpha_pattern, name, config.lora_alpha)
+    """The alpha of layer `name` under `config`, by the same rule."""
+    alphas = (alpha for pattern, alpha in config.alpha_pattern.items() if _pattern_fits(pattern, name))
+    return next(alphas, config.lora_alpha)

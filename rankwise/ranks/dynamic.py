@@ -14,10 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.base import AdapterLayer
-from rankwise.adapters.lora import Factors
-from rankwise.attach.attachment import need_attachment
-from rankwise.attach.inject import adapter_layers
+from rankwise.adapters.low_rank import LowRankLayer
+from rankwise.attach.attachment import adapter_layers, need_attachment
 from rankwise.attach.inject import ranks as current_ranks
 from rankwise.errors import RequestError, did_you_mean
 
@@ -42,7 +40,7 @@ def set_ranks(
         state is not known.
     """
     attachment = need_attachment(model)
-    layers = {name: layer for name, layer in adapter_layers(model).items() if layer.rank}
+    layers = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, LowRankLayer)}
     for name, rank in ranks.items():
         if name not in layers:
             raise RequestError(f"no adapted layer '{name}'{did_you_mean(name, layers)}")
@@ -61,17 +59,15 @@ def set_ranks(
 
 
 def _resize(
-    layer: AdapterLayer,
+    layer: LowRankLayer,
     name: str,
     rank: int,
     optimizer: torch.optim.Optimizer | None,
     generator: torch.Generator | None,
 ) -> float:
-    factors = layer.get_submodule("factors")
-    assert isinstance(factors, Factors)
-    old_A, old_B, old_rank, old_scale = factors.lora_A, factors.lora_B, factors.rank, factors.scale
+    old_A, old_B, old_rank, old_scale = layer.lora_A, layer.lora_B, layer.rank, layer.scale
     error = layer.resize_(rank, generator)
-    new_A, new_B, new_scale = factors.lora_A, factors.lora_B, factors.scale
+    new_A, new_B, new_scale = layer.lora_A, layer.lora_B, layer.scale
     if optimizer is None:
         return error
     if rank < old_rank and (old_A in optimizer.state or old_B in optimizer.state):
@@ -83,14 +79,12 @@ def _resize(
 
 
 def _check_state(optimizer: torch.optim.Optimizer) -> None:
+    """Raises: RequestError for state beside single numbers whose meaning is not known (Adafactor's rows)."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            if (
-                isinstance(value, Tensor)
-                and value.shape == parameter.shape
-                and value.dim()
-                and key not in MOMENT_POWERS
-            ):
+            if not isinstance(value, Tensor) or not value.dim():
+                continue
+            if key not in MOMENT_POWERS or value.shape != parameter.shape:
                 raise RequestError(
                     f"{type(optimizer).__name__} keeps '{key}', which can't be resized "
                     f"(known: {', '.join(MOMENT_POWERS)}); use AdamW or SGD, or build the optimiser anew"

@@ -7,7 +7,6 @@ of the normalised singular values (Roy and Vetterli 2007, EUSIPCO, section 2), `
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rankwise.adapters.config import LoraConfig
-from rankwise.adapters.lora import scale_of
+from rankwise.adapters.low_rank import scale_of
 from rankwise.attach.checkpoint import read_config, read_tensors
 from rankwise.attach.peft_format import EMBEDDING_NAMES, WEIGHTS_FILE
+from rankwise.attach.targets import alpha_in
 from rankwise.errors import RequestError
 from rankwise.recipes.output import RUN_FILE
 from rankwise.train.state import ADAPTER
@@ -72,12 +72,6 @@ def is_trained(config: LoraConfig, key: str) -> bool:
     return saved or not (key.endswith(".weight") and module.rsplit(".", 1)[-1] in EMBEDDING_NAMES)
 
 
-def alpha_of(config: LoraConfig, module: str) -> float:
-    """The layer's alpha: the first pattern that fits the end of its name decides, as in PEFT."""
-    fitting = (alpha for pattern, alpha in config.alpha_pattern.items() if re.match(rf"(.*\.)?({pattern})$", module))
-    return float(next(fitting, config.lora_alpha))
-
-
 def factors(tensors: Mapping[str, Tensor], where: str) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B of each layer, by the layer's name, in the order of the names.
 
@@ -99,7 +93,7 @@ def factors(tensors: Mapping[str, Tensor], where: str) -> dict[str, tuple[Tensor
 def report(config: LoraConfig, module: str, A: Tensor, B: Tensor) -> ModuleReport:
     """Rank, effective rank and norm of one layer's scaled update."""
     rank = A.shape[0]
-    values = singular_values(A.flatten(1), B.flatten(1)) * scale_of(alpha_of(config, module), rank, config.use_rslora)
+    values = singular_values(A.flatten(1), B.flatten(1)) * scale_of(alpha_in(config, module), rank, config.use_rslora)
     return ModuleReport(module, rank, effective_rank(values), float(values.square().sum().sqrt()))
 
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.base import AdapterLayer
-from rankwise.adapters.config import STARTS
+from rankwise.adapters.config import STARTS, LoraConfig
 from rankwise.adapters.layers import LAYER_KINDS, ConvolutionKind, layer_kind
-from rankwise.adapters.lora import LayerSettings
 from rankwise.adapters.starts import STARTS as START_FUNCTIONS
 from rankwise.adapters.starts import TAKEN_FROM_BASE
 from rankwise.adapters.table import ADAPTERS
@@ -41,7 +40,7 @@ def build(adapter: str, layer: type[nn.Module], init: bool | str, scale=SCALES[0
     x = LAYERS[layer][1]()
     x = x.to(dtype) if x.is_floating_point() else x
     kind = layer_kind(base)
-    settings = LayerSettings(r, alpha, use_rslora, dropout, init)
+    settings = LoraConfig(r=r, lora_alpha=alpha, use_rslora=use_rslora, lora_dropout=dropout, init_lora_weights=init)
     wrapped = ADAPTERS[adapter](copy.deepcopy(base), kind, settings, "layer")
     wrapped.start_(settings)
     return wrapped.eval(), base.eval().requires_grad_(False), x
@@ -140,8 +139,8 @@ def test_delta_is_the_formula_in_float64(adapter, layer, scale):
     r, alpha, use_rslora = scale
     s = alpha / r**0.5 if use_rslora else alpha / r
     kind = LAYER_KINDS[layer]
-    A = wrapped.factors.lora_A.detach().double().flatten(1)
-    B = wrapped.factors.lora_B.detach().double().flatten(1)
+    A = wrapped.lora_A.detach().double().flatten(1)
+    B = wrapped.lora_B.detach().double().flatten(1)
     W = kind.matrix(base.weight.double())
     expected = s * B @ A
     if adapter == "dora":
@@ -181,7 +180,7 @@ def test_growth_keeps_the_function_and_learns(adapter, layer, init, scale):
     assert wrapped.rank == 11
     assert relative(wrapped(x), before) < 1e-6 * 3
     wrapped(x).square().mean().backward()
-    new_columns = wrapped.factors.lora_B.grad[:, scale[0] :]
+    new_columns = wrapped.lora_B.grad[:, scale[0] :]
     assert new_columns.abs().max() > 0, "grown rank must receive gradients"
 
 
@@ -190,11 +189,11 @@ def test_growth_keeps_the_function_and_learns(adapter, layer, init, scale):
 def test_shrinking_is_the_best_approximation(adapter, layer, scale):
     wrapped, _, _ = build(adapter, layer, False, scale)
     disturb(wrapped)
-    before = wrapped.factors.delta().double()
+    before = wrapped.delta().double()
     error = wrapped.resize_(2)
     U, S, Vh = torch.linalg.svd(before.detach(), full_matrices=False)
     best = (U[:, :2] * S[:2]) @ Vh[:2]
-    assert relative(wrapped.factors.delta().double(), best) < 1e-4
+    assert relative(wrapped.delta().double(), best) < 1e-4
     assert error == pytest.approx(float(S[2:].norm() / S.norm()), rel=1e-4)
 
 
@@ -224,11 +223,14 @@ def test_names_of_peft_round_trip(adapter, layer, init):
     wrapped, _, x = build(adapter, layer, init)
     disturb(wrapped)
     tensors = {name: tensor.clone() for name, tensor in wrapped.to_peft().items()}
-    doubled = wrapped.holds_start
+    doubled = wrapped.start_A is not None
     other, _, _ = build(adapter, layer, True, scale=(8, 16.0, False) if doubled else SCALES[0])
     other.base.load_state_dict(wrapped.base.state_dict())
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == other.peft_shapes()
-    other.from_peft(tensors)
+    own = other.peft_parameters()
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {name: p.shape for name, p in own.items()}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
     assert relative(other(x), wrapped(x)) < 1e-5
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in other.to_peft().items())
 
@@ -269,10 +271,10 @@ def test_init_scale_multiplies_the_variance_of_A():
     found = {}
     for init_scale in (1.0, 3.0):
         torch.manual_seed(1)
-        settings = LayerSettings(8, 8.0, init_scale=init_scale)
+        settings = LoraConfig(r=8, lora_alpha=8.0, init_scale=init_scale)
         wrapped = ADAPTERS["lora"](base, layer_kind(base), settings, "layer")
         wrapped.start_(settings)
-        found[init_scale] = wrapped.factors.lora_A.detach().var().item()
+        found[init_scale] = wrapped.lora_A.detach().var().item()
     assert found[3.0] / found[1.0] == pytest.approx(3.0, rel=1e-4)
 
 
@@ -280,13 +282,13 @@ def test_pissa_starts_at_the_principal_directions():
     wrapped, base, _ = build("lora", nn.Linear, "pissa")
     U, S, Vh = torch.linalg.svd(base.weight, full_matrices=False)
     principal = (U[:, :4] * S[:4]) @ Vh[:4]
-    A, B, s = wrapped.factors.lora_A, wrapped.factors.lora_B, wrapped.factors.scale
+    A, B, s = wrapped.lora_A, wrapped.lora_B, wrapped.scale
     assert relative(s * B @ A, principal) < 1e-5
 
 
 def test_olora_has_orthonormal_columns():
     wrapped, _, _ = build("lora", nn.Linear, "olora")
-    B = wrapped.factors.lora_B
+    B = wrapped.lora_B
     assert torch.allclose(B.T @ B, torch.eye(4), atol=1e-6)
 
 
@@ -294,9 +296,9 @@ def test_gradients_equal_autograd_of_the_formula():
     """Against a float64 formula written out here."""
     wrapped, base, x = build("lora", nn.Linear, False)
     wrapped(x).square().sum().backward()
-    A = wrapped.factors.lora_A.detach().double().requires_grad_()
-    B = wrapped.factors.lora_B.detach().double().requires_grad_()
+    A = wrapped.lora_A.detach().double().requires_grad_()
+    B = wrapped.lora_B.detach().double().requires_grad_()
     y = x.double() @ base.weight.double().T + base.bias.double() + 2.0 * (x.double() @ A.T) @ B.T
     y.square().sum().backward()
-    assert relative(wrapped.factors.lora_A.grad.double(), A.grad) < 1e-5
-    assert relative(wrapped.factors.lora_B.grad.double(), B.grad) < 1e-5
+    assert relative(wrapped.lora_A.grad.double(), A.grad) < 1e-5
+    assert relative(wrapped.lora_B.grad.double(), B.grad) < 1e-5

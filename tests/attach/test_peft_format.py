@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rankwise.adapters.config import LoraConfig
-from rankwise.attach.peft_format import config_from_peft, config_to_peft, from_file, saves_embeddings, to_file
+from rankwise.attach.peft_format import config_from_peft, config_to_peft, doubled, from_file, saves_embeddings, to_file
 from rankwise.errors import RequestError
 
 NAMES = ["model.embed_tokens", "model.layers.0.q_proj", "lm_head"]
@@ -58,11 +58,11 @@ def test_doubling_keeps_every_scale():
         alpha_pattern={"v": 5},
         init_lora_weights="pissa",
     )
-    plain = config_to_peft(config, doubled=True)
+    plain = config_to_peft(doubled(config))
     assert (plain["r"], plain["lora_alpha"]) == (8, 12)
     assert (plain["rank_pattern"], plain["alpha_pattern"]) == ({"q": 6}, {"v": 10})
     assert plain["init_lora_weights"] is True
-    root = config_to_peft(config.with_(use_rslora=True), doubled=True)
+    root = config_to_peft(doubled(config.with_(use_rslora=True)))
     assert root["lora_alpha"] / root["r"] ** 0.5 == pytest.approx(6 / 4**0.5)
     assert root["alpha_pattern"]["v"] / root["r"] ** 0.5 == pytest.approx(5 / 4**0.5)
 

@@ -130,7 +130,7 @@ def test_alpha_pattern_sets_the_scale():
     targets = find_targets(tiny.llama(), config)
     assert [target.lora_alpha for target in targets] == [2, 8]
     model = attach(tiny.llama(), config)
-    scales = [model.get_submodule(target.name).factors.scale for target in targets]
+    scales = [model.get_submodule(target.name).scale for target in targets]
     assert scales == [0.5, 2.0]
 
 
@@ -151,8 +151,9 @@ class Odd(nn.Module):
 
 
 REFUSED = [
-    (tiny.llama, {"target_modules": ["q_porj"]}, "target module 'q_porj' matches no module; did you mean 'q_proj'"),
-    (tiny.llama, {"target_modules": ["q_proj", "query"]}, "target module 'query' matches no module"),
+    (tiny.llama, {"target_modules": ["q_porj"]}, 
+     "target_modules names 'q_porj', which matches no module; did you mean 'q_proj'"),
+    (tiny.llama, {"target_modules": ["q_proj", "query"]}, "target_modules names 'query', which matches no module"),
     (tiny.gpt2, {"target_modules": ["c_atn"]}, "did you mean 'c_attn'"),
     (tiny.llama, {"target_modules": ["self_atn.q_proj"]}, "did you mean 'self_attn.q_proj'"),
     (tiny.llama, {"target_modules": r"q_proj"}, "expression 'q_proj' matches no module in full; did you mean"),
@@ -184,7 +185,7 @@ REFUSED = [
     (tiny.llama, {"target_modules": ["q_proj"], "trainable_token_indices": []}, "not an empty list"),
     (tiny.llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 3]}, "has 3 more than once"),
     (tiny.llama, {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_token": [3]}},
-     "names 'embed_token', which matches no module; did you mean 'model.embed_tokens'"),
+     "names 'embed_token', which matches no module; did you mean 'embed_tokens'"),
     (tiny.llama, {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [3]}},
      "it must be an embedding"),
     (tiny.llama, {"target_modules": ["q_proj", "embed_tokens"], "trainable_token_indices": [3]},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 from pathlib import Path
 
@@ -133,7 +135,7 @@ def test_the_base_keeps_its_own_rows(case, base, tmp_path):
     with disabled(again):
         assert torch.equal(logits(again, input_ids=OLD_IDS)[..., :OLD], logits(load(base), input_ids=OLD_IDS))
     detach(again)
-    assert torch.equal(logits(again, input_ids=OLD_IDS)[..., :OLD], logits(load(base), input_ids=OLD_IDS))
+    assert torch.equal(logits(again, input_ids=OLD_IDS), logits(load(base), input_ids=OLD_IDS))
 
 
 def test_only_the_adapter_learns_after_loading(base, tmp_path):
@@ -165,6 +167,41 @@ def test_a_smaller_vocabulary(base, tmp_path):
     assert relative(logits(again, input_ids=ids), logits(model, input_ids=ids)) < 1e-6
 
 
+def values(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rows", [NEW, OLD - 10], ids=["larger", "smaller"])
+def test_detaching_gives_the_vocabulary_back(case, rows, base, tmp_path):
+    options = options_of(case)
+    if case == "rows":
+        options["trainable_token_indices"] = [0, rows - 1]
+    model = attach(resized(base, rows=rows), LoraConfig(**options))
+    randomise(model)
+    save_adapter(model, tmp_path / "mine")
+    plain = load(base)
+    next(plain.parameters()).requires_grad_(False)
+    before, config = values(plain), plain.config.to_dict()
+    flags = {name: p.requires_grad for name, p in plain.named_parameters()}
+    for _ in range(2):
+        again = detach(load_adapter(plain, tmp_path / "mine"))
+        assert again.get_input_embeddings().num_embeddings == OLD and again.config.to_dict() == config
+        after = values(again)
+        assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+        assert {name: p.requires_grad for name, p in again.named_parameters()} == flags
+        assert torch.equal(logits(again, input_ids=OLD_IDS), logits(load(base), input_ids=OLD_IDS))
+
+
+def test_what_was_cut_off_moves_and_is_copied_with_the_model(base, tmp_path):
+    model = attach(resized(base, rows=OLD - 10), LoraConfig(**options_of("plain")))
+    save_adapter(model, tmp_path / "mine")
+    again = load_adapter(load(base), tmp_path / "mine").double()
+    for twin in (copy.deepcopy(again), pickle.loads(pickle.dumps(again)), again):
+        detach(twin)
+        assert all(torch.equal(p, q.double()) for p, q in zip(twin.parameters(), load(base).parameters(), strict=True))
+
+
 def test_swapping_between_vocabularies(base, tmp_path):
     new = attach(resized(base), LoraConfig(**options_of("plain")))
     old = attach(load(base), LoraConfig(**options_of("plain")))
@@ -174,7 +211,7 @@ def test_swapping_between_vocabularies(base, tmp_path):
     load_adapter(model, tmp_path / "new")
     assert relative(logits(model, input_ids=IDS), logits(new, input_ids=IDS)) < 1e-6
     load_adapter(model, tmp_path / "old")
-    got = logits(model, input_ids=OLD_IDS)[..., :OLD]
+    got = logits(model, input_ids=OLD_IDS)
     assert relative(got, logits(old, input_ids=OLD_IDS)) < 1e-6
 
 
@@ -218,6 +255,9 @@ def test_t5_is_put_back_too(tmp_path):
     inputs = {"input_ids": IDS, "decoder_input_ids": IDS}
     again = load_adapter(cls.from_pretrained(tmp_path / "base").eval(), tmp_path / "mine")
     assert relative(logits(again, **inputs), logits(model, **inputs)) < 1e-6
+    expected = values(cls.from_pretrained(tmp_path / "base"))
+    after = values(detach(again))
+    assert after.keys() == expected.keys() and all(torch.equal(after[name], expected[name]) for name in expected)
     edit_weights(tmp_path / "mine", lambda t: t.pop(next(n for n in t if "lora_B" in n)))
     plain = cls.from_pretrained(tmp_path / "base").eval()
     before = snapshot(plain)

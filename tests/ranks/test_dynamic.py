@@ -48,17 +48,18 @@ def test_growth_keeps_the_function_and_training_goes_on(options):
     assert (logits(model) - before).abs().max() / before.abs().max() < 1e-6
     parameters = set(adapter_parameters(model).values())
     assert parameters == {p for group in optimizer.param_groups for p in group["params"]}
-    grown = model.get_submodule(Q0).factors.lora_B
+    grown = model.get_submodule(Q0).lora_B
     step(model, optimizer, 3)
     assert grown[:, 4:].abs().max() > 0, "the new columns must learn"
 
 
 def test_moments_of_old_entries_are_kept_and_rescaled():
     model, optimizer = trained()
-    factors = model.get_submodule(Q0).factors
-    old = {name: {k: v.clone() for k, v in optimizer.state[p].items()} for name, p in factors.named_parameters()}
+    layer = model.get_submodule(Q0)
+    factors = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
+    old = {name: {k: v.clone() for k, v in optimizer.state[p].items()} for name, p in factors.items()}
     set_ranks(model, {Q0: 16}, optimizer=optimizer)
-    A, B = optimizer.state[factors.lora_A], optimizer.state[factors.lora_B]
+    A, B = optimizer.state[layer.lora_A], optimizer.state[layer.lora_B]
     gain = (8 / 16) / (8 / 4)
     assert torch.equal(A["exp_avg"][:4], old["lora_A"]["exp_avg"]) and not A["exp_avg"][4:].any()
     assert torch.allclose(B["exp_avg"][:, :4], old["lora_B"]["exp_avg"] * gain)
@@ -70,13 +71,13 @@ def test_the_gradient_of_a_rescaled_column_follows_the_ratio():
     """What the rescaled moments rest on."""
     model, _ = trained()
     ids = tiny.token_ids(seed=5)
-    factors = model.get_submodule(Q0).factors
+    layer = model.get_submodule(Q0)
     model.zero_grad()
     model(ids, labels=ids).loss.backward()
-    before = factors.lora_B.grad.clone()
+    before = layer.lora_B.grad.clone()
     set_ranks(model, {Q0: 16})
     model(ids, labels=ids).loss.backward()
-    assert torch.allclose(factors.lora_B.grad[:, :4], before * (8 / 16) / (8 / 4), atol=1e-7)
+    assert torch.allclose(layer.lora_B.grad[:, :4], before * (8 / 16) / (8 / 4), atol=1e-7)
 
 
 def test_shrinking_reports_its_error_and_resets_the_moments(caplog):
@@ -84,7 +85,7 @@ def test_shrinking_reports_its_error_and_resets_the_moments(caplog):
     with caplog.at_level("WARNING"):
         errors = set_ranks(model, {Q0: 1}, optimizer=optimizer)
     assert 0 < errors[Q0] < 1
-    assert model.get_submodule(Q0).factors.lora_A not in optimizer.state
+    assert model.get_submodule(Q0).lora_A not in optimizer.state
     assert "start afresh" in caplog.text
     step(model, optimizer, 4)
 
@@ -115,9 +116,13 @@ def test_bad_requests_change_nothing(wanted, message):
     assert torch.equal(logits(model), before) and ranks(model) == had
 
 
-def test_an_optimiser_with_unknown_state_is_refused():
+@pytest.mark.parametrize(("cls", "key"), [(torch.optim.Adagrad, "sum"), (torch.optim.Adafactor, "row_var")])
+def test_an_optimiser_with_unknown_state_is_refused(cls, key):
+    """Adafactor's moments are rows and columns, not of the parameter's shape."""
     model = attach(tiny.llama(), LoraConfig(r=4))
-    optimizer = torch.optim.Adagrad(adapter_parameters(model).values(), lr=0.01)
+    optimizer = cls(adapter_parameters(model).values(), lr=0.01)
     step(model, optimizer, 0)
-    with pytest.raises(RequestError, match="Adagrad keeps 'sum'"):
+    with pytest.raises(RequestError, match=f"{cls.__name__} keeps '{key}'"):
         set_ranks(model, {Q0: 8}, optimizer=optimizer)
+    assert ranks(model)[Q0] == 4
+    step(model, optimizer, 1)

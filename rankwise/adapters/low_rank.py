@@ -1,0 +1,159 @@
+"""What adapters of rank r have in common: the factors A and B, their scale, and the frozen start where there is one.
+
+Legend: o outputs, n inputs of the layer's matrix view, r rank, s scale (alpha/r, or alpha/sqrt(r) with `use_rslora`).
+"""
+
+# torch.linalg has no type stubs.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from typing_extensions import override
+
+from rankwise.adapters.base import AdapterLayer
+from rankwise.adapters.config import LoraConfig, start_iterations, start_name
+from rankwise.adapters.layers import LayerKind
+from rankwise.adapters.starts import STARTS, TAKEN_FROM_BASE, StartRequest, zero_table
+from rankwise.errors import RequestError
+
+
+def scale_of(alpha: int | float, rank: int, use_rslora: bool) -> float:
+    """s: alpha/r, or alpha/sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2)."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+class LowRankLayer(AdapterLayer):
+    """A layer with factors A and B. What is done with s B A, less the start that is subtracted, is the subclass's.
+
+    `config` is the adapter's, with this layer's own `r` and `lora_alpha`.
+    """
+
+    lora_A: nn.Parameter  # noqa: N815 (the paper's names, and PEFT's)
+    lora_B: nn.Parameter  # noqa: N815
+    start_A: Tensor | None  # noqa: N815
+    start_B: Tensor | None  # noqa: N815
+
+    def __init__(self, base: nn.Module, kind: LayerKind, config: LoraConfig, name: str) -> None:
+        super().__init__(base)
+        self.kind = kind
+        self.alpha = config.lora_alpha
+        self.use_rslora = config.use_rslora
+        self.dropout = config.lora_dropout
+        shape_A, shape_B = kind.factor_shapes(self.weight, config.r)
+        self.lora_A = nn.Parameter(torch.empty(shape_A, device=self.weight.device))
+        self.lora_B = nn.Parameter(torch.empty(shape_B, device=self.weight.device))
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+        self._name = name
+
+    @property
+    @override
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """The scale, s."""
+        return scale_of(self.alpha, self.rank, self.use_rslora)
+
+    def terms(self) -> list[tuple[Tensor, Tensor]]:
+        """The pairs (A, B) whose products add up to the change: the trained one, and A0 with -B0 of a frozen start."""
+        if self.start_A is None or self.start_B is None:
+            return [(self.lora_A, self.lora_B)]
+        return [(self.lora_A, self.lora_B), (self.start_A, -self.start_B)]
+
+    def start_(self, config: LoraConfig, generator: torch.Generator | None = None) -> None:
+        """Fills A and B as `init_lora_weights` says. The base is read, never written."""
+        name = start_name(config.init_lora_weights)
+        request = StartRequest(
+            self.lora_B.shape[0], self.lora_A[0].numel(), self.rank, self.scale,
+            matrix=lambda: self.kind.matrix(self.weight.detach()).float(),
+            generator=generator, iterations=start_iterations(config.init_lora_weights), layer=self._name,
+        )  # fmt: skip
+        start = STARTS[name]
+        if not self.kind.drops_input and name in {"kaiming", "gaussian"}:
+            start = zero_table
+        A, B = start(request)
+        with torch.no_grad():
+            self.lora_A.copy_(A.reshape(self.lora_A.shape))
+            self.lora_B.copy_(B.reshape(self.lora_B.shape))
+            (self.lora_B if start is zero_table else self.lora_A).mul_(math.sqrt(config.init_scale))
+        if name in TAKEN_FROM_BASE:
+            self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def change(self, x: Tensor) -> Tensor:
+        """The change s B A dropout(x), less the frozen start, in the dtype of the base's output."""
+        dtype = x.dtype if self.kind.drops_input else self.weight.dtype
+        if self.kind.drops_input:
+            x = F.dropout(x, self.dropout, self.training)
+        first, *start = [
+            self.kind.up(self.base, self.kind.down(self.base, x, A.to(dtype)) * self.scale, B.to(dtype))
+            for A, B in self.terms()
+        ]
+        return first + start[0] if start else first
+
+    def delta(self) -> Float[Tensor, "o n"]:
+        """The change as a matrix, in fp32."""
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            first, *start = [B.flatten(1) @ A.flatten(1) for A, B in self.terms()]
+            return (first + start[0] if start else first) * self.scale
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """One A and one B that mean the whole change: [A; A0] and [B, -B0] (PEFT's conversion of PiSSA to LoRA)."""
+        every_A, every_B = zip(*self.terms(), strict=True)
+        return torch.cat(every_A), torch.cat(every_B, dim=1)
+
+    @override
+    def peft_parameters(self) -> dict[str, nn.Parameter]:
+        return {self.kind.a_key: self.lora_A, self.kind.b_key: self.lora_B}
+
+    @override
+    def to_peft(self) -> dict[str, Tensor]:
+        A, B = self.joined()
+        return {**super().to_peft(), self.kind.a_key: A.detach(), self.kind.b_key: B.detach()}
+
+    @override
+    def resize_(self, rank: int, generator: torch.Generator | None = None) -> float:
+        """See `AdapterLayer.resize_`. The parameters are replaced: an optimiser must be told (`rw.set_ranks`)."""
+        if rank <= 0:
+            raise RequestError(f"rank of '{self._name}' must be a positive whole number, not {rank!r}")
+        ratio = self.scale / scale_of(self.alpha, rank, self.use_rslora)
+        with torch.no_grad():
+            grows = rank >= self.rank
+            A, B, error = self._grown(rank, ratio, generator) if grows else self._shrunk(rank, ratio)
+            if self.start_B is not None:
+                self.start_B = self.start_B * ratio
+        self.lora_A = nn.Parameter(A, requires_grad=self.lora_A.requires_grad)
+        self.lora_B = nn.Parameter(B, requires_grad=self.lora_B.requires_grad)
+        return error
+
+    def _grown(self, rank: int, ratio: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor, float]:
+        """New rows of A random, new columns of B zero, old columns rescaled by the ratio of the scales."""
+        shape_A, shape_B = self.kind.factor_shapes(self.weight, rank - self.rank)
+        bound = 1.0 / math.sqrt(self.lora_A[0].numel())
+        rows = torch.empty(shape_A).uniform_(-bound, bound, generator=generator).to(self.lora_A)
+        columns = self.lora_B.new_zeros(shape_B)
+        return torch.cat([self.lora_A, rows]), torch.cat([self.lora_B * ratio, columns], dim=1), 0.0
+
+    def _shrunk(self, rank: int, ratio: float) -> tuple[Tensor, Tensor, float]:
+        """The best rank-`rank` approximation of B A, by QR of the factors and an r x r SVD.
+
+        The singular values go into B and A keeps its size, so that a layer whose B is zero can still learn.
+        """
+        B, A = self.lora_B.flatten(1).double(), self.lora_A.flatten(1).double()
+        Qb, Rb = torch.linalg.qr(B)
+        Qa, Ra = torch.linalg.qr(A.T)
+        U, S, Vh = torch.linalg.svd(Rb @ Ra.T)
+        row_norm = float(torch.linalg.norm(A) / math.sqrt(A.shape[0])) or 1.0
+        new_A = (Vh[:rank] @ Qa.T) * row_norm
+        new_B = (Qb @ U[:, :rank]) * S[:rank] * (ratio / row_norm)
+        whole = float(torch.linalg.norm(S))
+        error = float(torch.linalg.norm(S[rank:])) / whole if whole else 0.0
+        shape_A, shape_B = self.kind.factor_shapes(self.weight, rank)
+        return new_A.reshape(shape_A).to(self.lora_A), new_B.reshape(shape_B).to(self.lora_B), error
