@@ -26,18 +26,18 @@ class LoraLayer(LowRankLayer):
         if not self.active:
             return self.base(x)
         if self._can_fuse(x):
-            return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+            dropout = self.dropout if self.training else 0.0
+            return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, dropout)
         y = self.base(x)
         return y + self.change(x).to(y.dtype)
 
     def _can_fuse(self, x: Tensor) -> bool:
-        """A plain frozen linear layer without dropout or a subtracted start, outside of autocast."""
+        """A plain frozen linear layer without a subtracted start, outside of autocast."""
         return (
             type(self.base) is nn.Linear
             and x.dtype == self.weight.dtype
             and not self.weight.requires_grad
             and self.start_A is None
-            and not (self.training and self.dropout)
             and not torch.is_autocast_enabled(x.device.type)
         )
 

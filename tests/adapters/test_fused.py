@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rankwise.adapters import fused
 from rankwise.adapters.config import LoraConfig
 from rankwise.adapters.fused import lora_linear
 from rankwise.attach.inject import attach
@@ -57,6 +58,43 @@ def test_bf16_with_fp32_factors():
         assert (grad.double() - exact).abs().max() <= 0.02 * exact.abs().max()
 
 
+def test_dropout_is_the_formula_with_its_own_mask(monkeypatch):
+    """Output and every gradient equal autograd's of the same formula, with the mask that was drawn."""
+    arguments = parts(torch.float64)
+    x, W, b, A, B = arguments
+    leaves = [x, b, A, B]
+    kept, probability = fused.kept_entries(x.reshape(-1, 7), 0.3)
+    monkeypatch.setattr(fused, "kept_entries", lambda like, dropout: (kept, probability))
+    mine = lora_linear(*arguments, 1.7, dropout=0.3)
+    dropped = x * kept.view(x.shape) / probability
+    theirs = F.linear(x, W, b) + 1.7 * F.linear(F.linear(dropped, A), B)
+    grad = torch.randn_like(theirs)
+    assert torch.allclose(mine, theirs)
+    for a, b_ in zip(torch.autograd.grad(mine, leaves, grad), torch.autograd.grad(theirs, leaves, grad), strict=True):
+        assert torch.allclose(a, b_)
+
+
+@pytest.mark.parametrize(("dropout", "expected"), [(0.1, 230 / 256), (0.5, 0.5), (0.001, 255 / 256), (0.999, 1 / 256)])
+def test_the_mask_has_the_probability_that_it_says(dropout, expected):
+    """Within five standard errors, over all entries and over each of the eight bytes of a word."""
+    kept, probability = fused.kept_entries(torch.empty(4000, 100), dropout)
+    assert probability == expected
+    error = (probability * (1 - probability) / 50_000) ** 0.5
+    for byte in range(8):
+        assert abs(kept.flatten()[byte::8].double().mean() - probability) < 5 * error
+    other, _ = fused.kept_entries(torch.empty(4000, 100), dropout)
+    assert not torch.equal(kept, other)
+
+
+def test_dropout_follows_the_seed():
+    arguments = parts()
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(lora_linear(*arguments, 1.0, dropout=0.5).detach())
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
 def test_only_needed_gradients_are_made():
     x, W, b, A, B = parts()
     y = lora_linear(x.detach(), W, b.detach(), A, B.detach(), 1.0)
@@ -83,21 +121,21 @@ def test_a_model_trains_the_same_with_and_without(monkeypatch):
     from rankwise.adapters.lora import LoraLayer
 
     losses, kept = {}, {}
-    for fused in (True, False):
-        if not fused:
+    for with_it in (True, False):
+        if not with_it:
             monkeypatch.setattr(LoraLayer, "_can_fuse", lambda self, x: False)
         torch.manual_seed(0)
         model = attach(tiny.llama(), LoraConfig(r=4)).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-        losses[fused] = []
+        losses[with_it] = []
         for seed in range(10):
             ids = tiny.token_ids(seed=seed)
             loss = model(ids, labels=ids).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses[fused].append(loss.item())
-        kept[fused] = saved_bytes(model)
+            losses[with_it].append(loss.item())
+        kept[with_it] = saved_bytes(model)
     assert losses[True] == pytest.approx(losses[False], abs=1e-5)
     assert kept[True] < kept[False]
 
