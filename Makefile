@@ -47,4 +47,4 @@ docs: setup
 	$(BIN)/zensical build --clean
 
 clean:
-	rm -rf $(VENV) site .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) site .cache .pytest_cache .ruff_cache .import_linter_cache

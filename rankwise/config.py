@@ -8,11 +8,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from rankwise.errors import RequestError, did_you_mean
 
 T = TypeVar("T")
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null",
+}  # fmt: skip
 
 
 def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
@@ -56,8 +61,18 @@ def checked_value(value: Any, kind: Any, name: str) -> Any:
 
 
 def _type_name(kind: Any) -> str:
-    text = kind.__name__ if isinstance(kind, type) else str(kind)
-    return text.replace("typing.", "").replace("NoneType", "none")
+    """A type in words: `a number`, `a whole number or null`."""
+    arguments = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        members = [member for member in arguments if not (member is int and float in arguments)]  # int is a number too
+        return " or ".join(_type_name(member) for member in members)
+    if get_origin(kind) is tuple:
+        return f"{len(arguments)} values, each {_type_name(arguments[0])}"
+    if get_origin(kind) is list:
+        return f"a list, each item {_type_name(arguments[0])}"
+    if get_origin(kind) in (dict, Mapping):
+        return f"a mapping, each value {_type_name(arguments[1])}"
+    return _WORDS.get(kind, str(kind))
 
 
 def to_dict(instance: Any) -> dict[str, Any]:

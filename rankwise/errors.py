@@ -33,6 +33,24 @@ class WorkError(RankwiseError, RuntimeError):
     code = 1
 
 
+class WriteError(WorkError):
+    """A file or folder could not be written: a full disk, a missing right. Exit code 1.
+
+    Args:
+        path: what was to be written.
+        reason: the operating system's words.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"cannot write '{path}': {reason}; free space or choose another folder")
+        self.reason = reason
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`, `1,234 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
     """The known names closest to `name`, best first: by spelling, then by a shared last part (`a.b.q` and `q`)."""
     names = list(dict.fromkeys(known))

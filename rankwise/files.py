@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import WorkError
+from rankwise.errors import WriteError
 
 
 def _sync(path: Path) -> None:
@@ -23,15 +23,27 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _failed(path: Path, error: OSError) -> WorkError:
-    return WorkError(f"cannot write '{path}': {error.strerror or error}; free space or choose another folder")
+def _failed(path: Path, error: OSError | WriteError) -> WriteError:
+    reason = error.reason if isinstance(error, WriteError) else error.strerror or str(error)
+    return WriteError(str(path), reason)
+
+
+def obstacle(path: str | os.PathLike[str]) -> str | None:
+    """What stands in the way of making the folder `path`, in words: a file, a missing right. None: nothing does."""
+    target = Path(path).absolute()
+    for folder in (target, *target.parents):
+        if folder.is_dir():
+            return None if os.access(folder, os.W_OK | os.X_OK) else f"'{folder}' can't be written to"
+        if folder.exists() or folder.is_symlink():
+            return f"'{folder}' is not a folder"
+    return None
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary file name beside `path`; it replaces `path` when the block ends well, and is removed when not.
 
-    Raises: WorkError when the disk is full or the folder can't be written.
+    Raises: WriteError when the disk is full or the folder can't be written.
     """
     target = Path(path)
     temporary: Path | None = None
@@ -70,7 +82,10 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             target.rename(old / "folder")
         temporary.rename(target)
         _sync(target.parent)
-    except OSError as error:
+    except (
+        OSError,
+        WriteError,
+    ) as error:  # a WriteError is of a file inside: its temporary name says nothing to anyone
         if old is not None and (old / "folder").exists() and not target.exists():
             (old / "folder").rename(target)
         raise _failed(target, error) from error

@@ -1,3 +1,3 @@
-"""Tests mirror the tree of rankwise. The checker of shapes is looked up as `tests.shapes.check`, so it is loaded here."""
+"""Tests mirror the tree of rankwise. The checker of shapes is looked up as `tests.shapes.check`: it is loaded here."""
 
 from tests import shapes as shapes

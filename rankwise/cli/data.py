@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from rankwise.cli.arguments import positive
+from rankwise.errors import RequestError, counted
 
 DEFAULT_ROWS = 3
 _SHOWN_PROBLEMS = 50
@@ -28,16 +29,31 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     config = read_run(args.run_file, args.overrides)
     from rankwise.data.preview import preview
-    from rankwise.models.load import load_tokenizer
+    from rankwise.models.load import check_causal, load_tokenizer
 
+    check_causal(config.model)
     document = preview(config.data, load_tokenizer(config.model), args.rows)
+    document["warnings"] += _refused_by_training(config.train.objective, document["splits"])
     problems, warnings = len(document["problems"]), len(document["warnings"])
     if problems:
-        rows = "1 row" if problems == 1 else f"{problems} rows"
+        rows = counted(problems, "row")
         document["error"] = {"code": 2, "message": f"{rows} can't be used; correct or remove what `problems` lists"}
     elif warnings and args.strict:
         document["error"] = {"code": 1, "message": "; ".join(document["warnings"])}
     return document
+
+
+def _refused_by_training(objective: str, splits: dict[str, dict[str, Any]]) -> list[str]:
+    """What training would say to these rows: it is a warning here, where their look is what was asked for."""
+    from rankwise.recipes.finetune_data import check_objective
+
+    try:
+        for name in ("train", "valid"):
+            if name in splits and splits[name]["rows"]:
+                check_objective(objective, name, splits[name]["format"], splits[name]["why"])
+    except RequestError as error:
+        return [error.message]
+    return []
 
 
 def show(result: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from rankwise.cli.arguments import add_target, positive
+from rankwise.errors import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=positive, metavar="N", help="tokens a row may have; not given: the run's, or 512"
     )
-    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="the longest answer")
+    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="the longest answer; not given: 128")
     parser.add_argument("--copy", action="store_true", help="also score the prompt itself as the answer")
 
 
@@ -44,4 +45,4 @@ def show(result: dict[str, Any]) -> None:
 
     from rankwise.cli.tables import results_table
 
-    Console().print(results_table(result["results"], title=f"{result['rows']} rows of {result['data']}"))
+    Console().print(results_table(result["results"], title=f"{counted(result['rows'], 'row')} of {result['data']}"))

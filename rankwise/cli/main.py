@@ -14,10 +14,13 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NoReturn, Protocol, cast
 
 import rankwise
@@ -88,6 +91,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, as_json = _without_json(sys.argv[1:] if argv is None else argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    with _noting_ctrl_c() as pressed:
+        return _answered(arguments, as_json, pressed)
+
+
+@contextlib.contextmanager
+def _noting_ctrl_c() -> Iterator[list[int]]:
+    """Ctrl-C raises KeyboardInterrupt as ever, and is noted: a library that is being imported may swallow it, and then
+    fail for want of its other half.
+    """
+    pressed: list[int] = []
+
+    def take(number: int, frame: FrameType | None) -> NoReturn:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield pressed  # someone else has decided what Ctrl-C does
+        return
+    signal.signal(signal.SIGINT, take)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _answered(arguments: list[str], as_json: bool, pressed: Sequence[int]) -> int:
+    """The exit code; whatever goes wrong is one line. `pressed`: what `_noting_ctrl_c` has noted."""
     try:
         return _dispatch(arguments, as_json)
     except RankwiseError as error:
@@ -100,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 (the command's outermost edge: anything unexpected ends in one line)
         if os.environ.get("RANKWISE_DEBUG"):
             traceback.print_exc()
+        if pressed:
+            return _fail(1, "interrupted", as_json)
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return _fail(1, f"unexpected {text} (RANKWISE_DEBUG=1 shows the traceback)", as_json)
 

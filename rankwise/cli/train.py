@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from rankwise.errors import counted
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
@@ -29,7 +31,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """The run in a few lines."""
     resumed = f" (resumed after step {result['resumed_from']})" if result["resumed_from"] is not None else ""
-    print(f"trained {result['trainable_parameters']:,} parameters for {result['steps']} steps{resumed}")
+    print(f"trained {result['trainable_parameters']:,} parameters for {counted(result['steps'], 'step')}{resumed}")
     valid = result["best_valid_loss"]
     print(f"loss {result['final_loss']:.4f}" + (f", best validation loss {valid:.4f}" if valid is not None else ""))
     print(f"{result['tokens_per_s']:,.0f} tokens/s, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB")

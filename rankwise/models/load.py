@@ -17,12 +17,13 @@ import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
 from rankwise.models.embedded import EMBEDDED, embedded_source
+from rankwise.models.hub import is_cut_off
 from rankwise.models.quiet import quietly
 
 TASKS: dict[str, Any] = {
@@ -92,19 +93,54 @@ def resolve(name: str) -> str:
     return name
 
 
+def _source(config: ModelConfig) -> tuple[str, bool]:
+    """The model's folder or Hub id, and whether only files that are in the Hub's local cache can be had.
+
+    Raises: RequestError, as `resolve`; for a revision of what has none; for a model that can't be had at all.
+    """
+    source = resolve(config.name)
+    if config.revision is not None and (config.name in EMBEDDED or Path(source).is_dir()):
+        kind = "an embedded model" if config.name in EMBEDDED else "a folder"
+        raise RequestError(
+            f"model.revision ({config.revision}) has no effect: '{config.name}' is {kind}, and only models of the Hub "
+            "have revisions; set it to null"
+        )
+    if Path(source).is_dir():
+        return source, False
+    with _explained(config):
+        return source, is_cut_off(source, config.revision)
+
+
+def load_config(config: ModelConfig) -> PretrainedConfig:
+    """The model's own configuration. Raises: RequestError when it can't be had."""
+    source, cut_off = _source(config)
+    with quietly(), _explained(config):
+        return transformers.AutoConfig.from_pretrained(
+            source,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=cut_off,
+        )
+
+
+def check_causal(config: ModelConfig) -> None:
+    """Raises: RequestError for an encoder, before anything else about it can seem wrong; or as `load_config`."""
+    _refuse_encoder(config.name, load_config(config))
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the right, with a pad token from its own vocabulary.
 
     Raises: RequestError when there is none, or none of its tokens can serve as padding.
     """
-    source = resolve(config.name)
+    source, cut_off = _source(config)
     if Path(source).is_dir() and not any((Path(source) / file).is_file() for file in _TOKENIZER_FILES):
         raise RequestError(
             f"model '{config.name}' has no tokenizer in its folder; copy tokenizer.json from the original model"
         )
     with quietly(), _explained(config):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code, local_files_only=cut_off
         )
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
@@ -127,7 +163,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, task: str = "causal-lm")
     if task not in TASKS:
         raise RequestError(f"task '{task}' is unknown{did_you_mean(task, TASKS)}")
     device = choose_device(config.device)
-    source = resolve(config.name)
+    source, cut_off = _source(config)
     if Path(source).is_dir():
         _check_weights(config.name, Path(source))
     with quietly(), _explained(config):
@@ -136,6 +172,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, task: str = "causal-lm")
             dtype=dtype,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
+            local_files_only=cut_off,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # refused below, with the name and the shapes
             output_loading_info=True,
@@ -145,15 +182,8 @@ def load_model(config: ModelConfig, dtype: torch.dtype, task: str = "causal-lm")
 
 
 def _check_loaded(name: str, task: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    if (
-        task == "causal-lm"
-        and model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        and not model.config.is_decoder
-    ):
-        raise RequestError(
-            f"model '{name}' ({model.config.model_type}) is an encoder: its positions see the tokens after them, "
-            "so it cannot be trained to predict the next one; choose a causal model"
-        )
+    if task == "causal-lm":
+        _refuse_encoder(name, model.config)
     for key, stored, wanted in sorted(info["mismatched_keys"]):
         raise RequestError(
             f"model '{name}': weight {key} has shape {tuple(stored)} in its file and {tuple(wanted)} by its config.json"
@@ -163,6 +193,14 @@ def _check_loaded(name: str, task: str, model: PreTrainedModel, info: dict[str, 
         listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise RequestError(
             f"model '{name}' has no weights for {listed}; its files are incomplete, or it is not a {task}"
+        )
+
+
+def _refuse_encoder(name: str, config: PretrainedConfig) -> None:
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise RequestError(
+            f"model '{name}' ({config.model_type}) is an encoder: its positions see the tokens after them, "
+            "so it cannot be trained to predict the next one; choose a causal model"
         )
 
 
@@ -184,6 +222,8 @@ def _explained(config: ModelConfig) -> Iterator[None]:
     name = config.name
     try:
         yield
+    except RequestError:
+        raise
     except SafetensorError as error:
         raise RequestError(
             f"the weights of model '{name}' are damaged ({error}); download or copy them again"

@@ -93,6 +93,7 @@ def demo(
     fails.
     """
     folder = RunFolder(free_output(output))
+    folder.check(resume=False)
     watch = Stopwatch()
     with watch.stage("get the model"):
         config = ModelConfig(model, device)

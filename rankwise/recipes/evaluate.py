@@ -20,6 +20,8 @@ from rankwise.evaluate.generate import generate_answers
 from rankwise.evaluate.perplexity import measure_loss
 from rankwise.recipes.target import Target, find_target, open_target, target_tokenizer
 
+DEFAULT_NEW_TOKENS = 128
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -30,7 +32,7 @@ class EvaluateConfig:
         metrics: names; None takes all that the data allows.
         rows: the first so many rows; None takes all.
         batch_size: rows at a time.
-        max_new_tokens: the longest answer.
+        max_new_tokens: the longest answer; None takes 128.
         precision: fp32, bf16 or auto.
         max_length, chat_template: in place of the run's, or of the defaults.
         copy: whether the prompt itself is scored as an answer too.
@@ -40,7 +42,7 @@ class EvaluateConfig:
     metrics: tuple[str, ...] | None = None
     rows: int | None = None
     batch_size: int = 16
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None
     precision: str = "auto"
     max_length: int | None = None
     chat_template: str | None = None
@@ -148,10 +150,14 @@ def make_exam(
         )
     if config.copy and not compared:
         raise RequestError(f"--copy has no effect without a metric that compares answers ({', '.join(METRICS)})")
+    if config.max_new_tokens is not None and not compared:
+        raise RequestError(
+            f"--max-new-tokens {config.max_new_tokens} has no effect: no answers are generated for "
+            f"{', '.join(metrics)}; leave it out, or ask for one of {', '.join(METRICS)}"
+        )
+    longest = DEFAULT_NEW_TOKENS if config.max_new_tokens is None else config.max_new_tokens
     stop_ids = stop_token_ids(tokenizer, data) if compared else ()
-    return Exam(
-        examples, tokenizer, metrics, stop_ids, config.batch_size, config.max_new_tokens, data.packing, progress
-    )
+    return Exam(examples, tokenizer, metrics, stop_ids, config.batch_size, longest, data.packing, progress)
 
 
 def grade(model: PreTrainedModel, exam: Exam, name: str) -> Graded:

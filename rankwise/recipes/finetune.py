@@ -16,7 +16,7 @@ from typing import Any
 from rankwise import distributed
 from rankwise.attach.checkpoint import save_adapter
 from rankwise.attach.inject import adapter_parameters
-from rankwise.errors import RequestError, WorkError
+from rankwise.errors import RequestError, WorkError, WriteError
 from rankwise.recipes.finetune_hooks import evaluation_hook, logging_hook, saving_hook
 from rankwise.recipes.finetune_job import Job, prepare
 from rankwise.recipes.output import RunFolder
@@ -87,10 +87,17 @@ def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | No
         ]
         try:
             fit(job.model, job.optimizer, job.batches, job.objective, job.plan, job.progress, hooks)
+            return _finish(job, folder)
         except Interrupted:
             raise
+        except WriteError as error:
+            raise WorkError(f"{error}; {_last_saved(folder)}, go on with: {go_on}") from error
         except WorkError as error:
             raise WorkError(f"{error}; {_way_back(folder)}") from error
+
+
+def _finish(job: Job, folder: RunFolder) -> dict[str, Any]:
+    """Writes the result; the summary last, for it says that the run is finished."""
     save_adapter(job.model, folder.adapter)
     folder.write_provenance({**job.provenance, "adapter": adapter_hashes(folder.adapter)})
     summary = _summary(job, folder)
@@ -98,12 +105,17 @@ def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | No
     return summary
 
 
+def _last_saved(folder: RunFolder) -> str:
+    saved = checkpoint_folders(folder.path)
+    return f"the last checkpoint is '{saved[-1]}'" if saved else "nothing had been saved"
+
+
 def _way_back(folder: RunFolder) -> str:
     """What is left of a run that failed."""
     saved = checkpoint_folders(folder.path)
     if not saved:
-        return "nothing had been saved"
-    return f"the last checkpoint is '{saved[-1]}', a new run can start there with adapter.from={saved[-1] / 'adapter'}"
+        return _last_saved(folder)
+    return f"{_last_saved(folder)}, a new run can start there with adapter.from={saved[-1] / 'adapter'}"
 
 
 def _summary(job: Job, folder: RunFolder) -> dict[str, Any]:

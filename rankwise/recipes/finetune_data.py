@@ -75,19 +75,18 @@ def load_data(run: RunConfig) -> RunData:
     if problems:
         raise BadRows(problems)
     for split, found in loaded.items():
-        _check_objective(run.train.objective, split, found)
+        check_objective(run.train.objective, split, found.format, found.why)
     return RunData(tokenizer, loaded["train"], loaded.get("valid"), stop_token_ids(tokenizer, run.data))
 
 
-def _check_objective(objective: str, split: str, loaded: Loaded) -> None:
-    formats = loaded.format.split(", ")
+def check_objective(objective: str, split: str, format: str, why: str) -> None:
+    """Raises: RequestError for rows that the objective does not train on; `format` and `why` are as in `Loaded`."""
+    formats = format.split(", ")
     if objective == "sft" and TEXT_FORMAT in formats:
         raise RequestError(
-            f"train.objective: sft trains on answers, data.{split} holds whole texts ({loaded.why}); "
-            "use train.objective=text"
+            f"train.objective: sft trains on answers, data.{split} holds whole texts ({why}); use train.objective=text"
         )
     if objective == "text" and formats != [TEXT_FORMAT]:
         raise RequestError(
-            f"train.objective: text trains on whole texts, data.{split} holds answers ({loaded.why}); "
-            "use train.objective=sft"
+            f"train.objective: text trains on whole texts, data.{split} holds answers ({why}); use train.objective=sft"
         )

@@ -6,7 +6,7 @@ from rankwise.evaluate.generate import generate_answers
 from rankwise.evaluate.perplexity import measure_loss
 from rankwise.recipes.finetune_job import Job
 from rankwise.recipes.output import RunFolder
-from rankwise.train.config import DEFAULT_SAMPLES, Every
+from rankwise.train.config import Every
 from rankwise.train.interrupt import Interrupted, StopRequest
 from rankwise.train.log import ProgressBar, Say, peak_memory_bytes
 from rankwise.train.loop import Hook, Step
@@ -51,13 +51,12 @@ def evaluation_hook(job: Job, folder: RunFolder, say: Say) -> Hook:
 def _generate_samples(job: Job, folder: RunFolder, step: int) -> None:
     data, train = job.data, job.run.train
     assert data.valid is not None
-    num_samples = DEFAULT_SAMPLES if train.samples is None else train.samples
     # rows of plain text ask nothing
-    asked = [example for example in data.valid.examples if example.prompt_ids][:num_samples]
+    asked = [example for example in data.valid.examples if example.prompt_ids][: train.num_samples]
     if not asked:
         return
     answers = generate_answers(
-        job.model, data.tokenizer, [example.prompt_ids for example in asked], train.sample_tokens,
+        job.model, data.tokenizer, [example.prompt_ids for example in asked], train.longest_sample_tokens,
         batch_size=train.micro_rows, stop_ids=data.stop_ids,
     )  # fmt: skip
     for example, answer in zip(asked, answers, strict=True):
@@ -103,7 +102,7 @@ def saving_hook(job: Job, folder: RunFolder, stop: StopRequest, go_on: str) -> H
     `go_on` is the command that resumes the run.
     """
     period = _Period(job, "save_every")
-    keep = job.run.train.keep_checkpoints
+    keep = job.run.train.num_checkpoints
 
     def save(step: Step) -> None:
         # read once: a request that comes while saving waits for the next step's end

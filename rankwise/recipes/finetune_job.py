@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from rankwise.adapters.config import LoraConfig
+from rankwise.adapters.layers import layer_kind
+from rankwise.attach.attachment import need_attachment
 from rankwise.attach.checkpoint import load_adapter, read_config
-from rankwise.attach.inject import adapter_parameters, attach
+from rankwise.attach.inject import adapter_layers, adapter_parameters, attach
 from rankwise.errors import RequestError
-from rankwise.models.load import choose_device, load_model, resolve
+from rankwise.models.load import check_causal, choose_device, load_model, resolve
 from rankwise.recipes.finetune_data import RunData, load_data
 from rankwise.recipes.finetune_report import describe_run
 from rankwise.recipes.provenance import data_hashes, provenance
 from rankwise.recipes.resume import check_length, check_settings, run_precision, training_settings
-from rankwise.recipes.run import RunConfig, StartFrom
+from rankwise.recipes.run import TASK_TYPE, TEXT_FORMAT, RunConfig, StartFrom, check_task_type, with_section
 from rankwise.train.batches import MicroBatches, RowOrder
 from rankwise.train.config import AUTO
 from rankwise.train.log import Say
@@ -30,8 +33,6 @@ from rankwise.train.precision import Precision
 from rankwise.train.recompute import enable_gradient_checkpointing
 from rankwise.train.rng import seed_everything, untouched
 from rankwise.train.state import Checkpoint, restore
-
-TASK_TYPE = "CAUSAL_LM"
 
 
 @dataclass
@@ -63,7 +64,10 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     Raises: RequestError for anything wrong with the request; with a checkpoint, also when its settings differ.
     """
     device = choose_device(run.model.device)
+    check_causal(run.model)
     data = load_data(run)
+    if data.train.format == TEXT_FORMAT:  # recognised or not: then `generate` on the run's folder goes on with texts
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, format=TEXT_FORMAT))
     num_rows = len(data.train.examples)
     hashes = data_hashes(run.data)
     precision = run_precision(_least_precision(run), device, checkpoint)
@@ -88,7 +92,7 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     start = Path(run.adapter.folder) if isinstance(run.adapter, StartFrom) else None
     job = Job(
         run, model, data, batches, objective, plan, optimizer, Progress(), settings,
-        provenance(model, hashes, start, checkpoint.step if checkpoint else None), checkpoint,
+        provenance(model, run.model.revision, hashes, start, checkpoint.step if checkpoint else None), checkpoint,
     )  # fmt: skip
     _rehearse(job)
     seed_everything(run.train.seed)
@@ -134,14 +138,35 @@ def _attached_model(run: RunConfig, precision: Precision, data: RunData) -> PreT
     data.check_fits(model)
     seed_everything(run.train.seed)
     if isinstance(run.adapter, StartFrom):
+        task_type = read_config(run.adapter.folder).task_type
+        check_task_type(task_type, f"task_type of '{run.adapter.folder}'", run.train.objective)
         load_adapter(model, run.adapter.folder, trainable=True)
+        attachment = need_attachment(model)  # the result is of the model that it is trained on now
+        attachment.config = attachment.config.with_(
+            base_model_name_or_path=_base_name(run), revision=run.model.revision
+        )
     else:
         named = run.adapter.base_model_name_or_path or _base_name(run)
         task_type = run.adapter.task_type or TASK_TYPE
-        attach(model, run.adapter.with_(base_model_name_or_path=named, task_type=task_type))
+        config = run.adapter.with_(base_model_name_or_path=named, revision=run.model.revision, task_type=task_type)
+        try:
+            attach(model, config)
+        except RequestError as error:
+            raise RequestError(with_section(str(error))) from error
+        _check_dropout(model, run.adapter)
     if run.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model
+
+
+def _check_dropout(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Raises: RequestError for a dropout that no adapted layer can apply: embeddings take ids."""
+    kinds = [layer_kind(layer.base) for layer in adapter_layers(model).values()]
+    if config.lora_dropout and not any(kind is not None and kind.drops_input for kind in kinds):
+        raise RequestError(
+            f"adapter.lora_dropout ({config.lora_dropout}) has no effect: only embeddings are adapted, and token ids "
+            "can't be dropped; set it to 0"
+        )
 
 
 def _base_name(run: RunConfig) -> str:

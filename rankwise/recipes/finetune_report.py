@@ -6,8 +6,9 @@ from collections import Counter
 
 from transformers import PreTrainedModel
 
-from rankwise.attach.attachment import need_attachment
+from rankwise.attach.checkpoint import read_config
 from rankwise.attach.inject import describe, ranks
+from rankwise.errors import counted
 from rankwise.recipes.finetune_data import RunData
 from rankwise.recipes.run import RunConfig, StartFrom
 from rankwise.train.loop import LoopPlan
@@ -32,13 +33,14 @@ def _adapter_lines(run: RunConfig, model: PreTrainedModel) -> list[str]:
     found = describe(model)
     counts = Counter(ranks(model).values())
     rank_text = ", ".join(
-        f"rank {rank}" + (f" ({count} layers)" if len(counts) > 1 else "") for rank, count in sorted(counts.items())
+        f"rank {rank}" + (f" ({counted(count, 'layer')})" if len(counts) > 1 else "")
+        for rank, count in sorted(counts.items())
     )
     where = ""
     if isinstance(run.adapter, StartFrom):
-        where = f", from '{run.adapter.folder}' (made for {need_attachment(model).config.base_model_name_or_path})"
+        where = f", from '{run.adapter.folder}' (made for {read_config(run.adapter.folder).base_model_name_or_path})"
     lines = [
-        f"adapter   {found['layers']} layers, {rank_text}: {found['parameters']:,} trainable parameters, "
+        f"adapter   {counted(found['layers'], 'layer')}, {rank_text}: {found['parameters']:,} trainable parameters, "
         f"{found['share_of_model']:.2%} of all{where}"
     ]
     if found["share_left_out"] > LEFT_OUT_WORTH_SAYING:
@@ -51,7 +53,7 @@ def _data_lines(data: RunData) -> list[str]:
     tokens, trained = data.tokens_per_epoch
     loaded = data.train
     lines = [
-        f"data      {len(loaded.examples):,} rows ({loaded.format}), {tokens:,} tokens an epoch, "
+        f"data      {counted(len(loaded.examples), 'row')} ({loaded.format}), {tokens:,} tokens an epoch, "
         f"{trained:,} ({trained / tokens:.0%}) trained on"
     ]
     for split, part in (("train", loaded), ("valid", data.valid)):
@@ -64,11 +66,13 @@ def _training_lines(run: RunConfig, data: RunData, plan: LoopPlan) -> list[str]:
     train, num_rows = run.train, len(data.train.examples)
     warmup = train.warmup_steps(plan.num_steps)
     lines = [
-        f"training  {train.objective}, {plan.num_steps} steps of {train.batch_size} rows "
+        f"training  {train.objective}, {counted(plan.num_steps, 'step')} of {counted(train.batch_size, 'row')} "
         f"({train.micro_rows} at a time{', packed' if run.data.packing else ''}), "
         f"{train.num_rows(num_rows) / num_rows:,.2f} epochs; learning rate {train.lr:g}, {train.schedule}"
-        + (f", {warmup} steps of warm-up" if warmup else "")
+        + (f", {counted(warmup, 'step')} of warm-up" if warmup else "")
     ]
     if train.batch_size > num_rows:
-        lines.append(f"          a step of {train.batch_size} rows takes some of the {num_rows} rows more than once")
+        lines.append(
+            f"          a step of {train.batch_size} rows takes some of the {counted(num_rows, 'row')} more than once"
+        )
     return lines

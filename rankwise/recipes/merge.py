@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.loader import load_examples
 from rankwise.data.rows import expand
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.export.certificate import MAX_PROBE_TOKENS
 from rankwise.export.merged import DTYPES, Merged, Probes, dtype_name, merge_to_folder
-from rankwise.models.load import resolve
-from rankwise.models.quiet import quietly
+from rankwise.files import obstacle
+from rankwise.models.load import load_config
 from rankwise.recipes.target import Target, find_adapter, open_in, target_tokenizer
 
 PROBE_TOKENS_EACH = 64
@@ -47,6 +47,8 @@ def merge(
     """
     if Path(out).exists():
         raise RequestError(f"output folder '{out}' exists; choose another, or remove it")
+    if (found := obstacle(out)) is not None:
+        raise RequestError(f"output folder '{out}' can't be made: {found}; choose another")
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}")
     target = find_adapter(adapter, base, device)
@@ -71,12 +73,8 @@ def stored_dtype(target: Target) -> str:
 
     Raises: RequestError for one that can't be merged into.
     """
-    with quietly():
-        config: Any = AutoConfig.from_pretrained(
-            resolve(target.model.name), revision=target.model.revision,
-            trust_remote_code=target.model.trust_remote_code,
-        )  # fmt: skip
-    return "fp32" if config.dtype is None else dtype_name(config.dtype)
+    dtype: Any = load_config(target.model).dtype
+    return "fp32" if dtype is None else dtype_name(dtype)
 
 
 def find_probes(target: Target, tokenizer: PreTrainedTokenizerBase) -> Probes:

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rankwise.errors import RequestError
-from rankwise.files import write_json, write_text
+from rankwise.files import obstacle, write_json, write_text
 from rankwise.train.log import JsonLines
 from rankwise.train.state import ADAPTER, CHECKPOINTS
 
@@ -43,8 +43,10 @@ class RunFolder:
         self.summary = path / "summary.json"
 
     def check(self, resume: bool) -> None:
-        """Raises: RequestError when the folder exists and this is no resume, or it is not a run's folder."""
+        """Raises: RequestError when the folder exists and this is no resume, it is not a run's, or it can't be made."""
         if not self.path.exists():
+            if (found := obstacle(self.path)) is not None:
+                raise RequestError(f"output '{self.path}' can't be made: {found}; choose another")
             return
         if not self.path.is_dir():
             raise RequestError(f"output '{self.path}' is a file; choose another folder")
@@ -52,7 +54,8 @@ class RunFolder:
             raise RequestError(
                 f"output '{self.path}' exists; choose another output, or go on with what is there by --resume"
             )
-        entries = [entry.name for entry in self.path.iterdir()]
+        # a run that was stopped before it wrote its run file leaves the lock alone
+        entries = [entry.name for entry in self.path.iterdir() if entry.name != LOCK_FILE]
         if entries and RUN_FILE not in entries:
             raise RequestError(f"output '{self.path}' has no {RUN_FILE}: it is not a run's folder; choose another")
 

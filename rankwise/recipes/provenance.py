@@ -15,6 +15,7 @@ import rankwise
 from rankwise.data.config import DataConfig
 from rankwise.data.rows import expand
 from rankwise.files import sha256_bytes, sha256_file
+from rankwise.models.hub import snapshot
 
 GIT_TIMEOUT_S = 10
 
@@ -32,11 +33,12 @@ def joined_hash(hashes: dict[str, str]) -> str:
     return sha256_bytes("".join(hashes.values()).encode())
 
 
-def model_hashes(model: PreTrainedModel) -> dict[str, Any]:
-    """The base: name, revision where it came from the Hub, else hashes and sizes of its config and weight files."""
+def model_hashes(model: PreTrainedModel, revision: str | None) -> dict[str, Any]:
+    """The base: name, commit where it came from the Hub, hashes and sizes of its config and weight files."""
     name = model.name_or_path or type(model).__name__
-    folder = Path(name)
-    record: dict[str, Any] = {"name": name, "commit": getattr(model.config, "_commit_hash", None)}
+    from_hub = None if Path(name).is_dir() else snapshot(name, revision)
+    folder = from_hub or Path(name)
+    record: dict[str, Any] = {"name": name, "commit": from_hub.name if from_hub else None}
     if folder.is_dir():
         files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
         record["files"] = {
@@ -81,15 +83,27 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def provenance(
-    model: PreTrainedModel, data: dict[str, dict[str, str]], start: Path | None, resumed_from: int | None
+    model: PreTrainedModel,
+    revision: str | None,
+    data: dict[str, dict[str, str]],
+    start: Path | None,
+    resumed_from: int | None,
 ) -> dict[str, Any]:
-    """The record of a run at its start; `start` is the adapter that it begins with. Its end fills `adapter` in."""
+    """The record of a run at its start. Its end fills `adapter` in.
+
+    Args:
+        model: the base.
+        revision: that of the base which was asked for.
+        data: hashes of the files, as `data_hashes` gives them.
+        start: the adapter that the run begins with.
+        resumed_from: the step after which it goes on.
+    """
     return {
         "versions": versions(),
         "commit": source_commit(),
         "device": str(model.device),
         "data": data,
-        "base": model_hashes(model),
+        "base": model_hashes(model, revision),
         "start": None if start is None else {"folder": str(start), "files": adapter_hashes(start)},
         "resumed_from": resumed_from,
         "adapter": None,

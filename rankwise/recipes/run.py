@@ -7,6 +7,7 @@ mappings are relative to the current folder. A RunConfig that was read holds abs
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -35,6 +36,8 @@ SECTIONS: dict[str, type[Any]] = {
 EMBEDDED_MODELS = ("demo", "demo-encoder")
 DATA_FILES = ("train", "valid", "test")
 TEXT_FORMAT = "text"
+TASK_TYPE = "CAUSAL_LM"
+"""PEFT's name for what the objectives train."""
 FROM = "from"
 
 
@@ -63,6 +66,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.tasks:
             raise RequestError(f"tasks ({', '.join(self.tasks)}): not available yet; set it to {{}}, and use data:")
+        self._check_adapter()
         self._check_evaluation()
         if self.data.format not in (AUTO, TEXT_FORMAT) and self.train.objective == "text":
             raise RequestError(
@@ -74,6 +78,15 @@ class RunConfig:
                 "train.objective: sft trains on answers, data.format: text has none; use train.objective=text"
             )
 
+    def _check_adapter(self) -> None:
+        if not isinstance(self.adapter, LoraConfig):
+            return
+        check_task_type(self.adapter.task_type, "adapter.task_type", self.train.objective)
+        if self.adapter.revision is not None:
+            raise RequestError(
+                f"adapter.revision ({self.adapter.revision}) is taken from model.revision; set that one instead"
+            )
+
     def _check_evaluation(self) -> None:
         train, every = self.train, self.train.evaluate_every
         if self.data.valid is None:
@@ -81,14 +94,24 @@ class RunConfig:
                 raise RequestError(
                     f"train.evaluate_every ({every}) has no effect without data.valid; give a file, or set it to null"
                 )
-            if train.samples:
-                raise RequestError(
-                    f"train.samples ({train.samples}) has no effect without data.valid; give a file, or set it to 0"
-                )
+            for name, value, off in (("samples", train.samples, "0"), ("sample_tokens", train.sample_tokens, "null")):
+                if value:
+                    raise RequestError(
+                        f"train.{name} ({value}) has no effect without data.valid; give a file, or set it to {off}"
+                    )
         elif train.evaluates_never:
             raise RequestError(
                 "data.valid has no effect: train.evaluate_every says never; set it to auto, or data.valid to null"
             )
+
+
+def check_task_type(task_type: str | None, where: str, objective: str) -> None:
+    """Raises: RequestError for an adapter of a task that the objective does not train; `where` names it in messages."""
+    if task_type not in (None, TASK_TYPE):
+        raise RequestError(
+            f"{where} ({task_type}) does not go with train.objective: {objective}, which trains a {TASK_TYPE} adapter; "
+            f"set it to {TASK_TYPE}, or leave it out"
+        )
 
 
 def read_run(
@@ -105,10 +128,13 @@ def read_run(
         document, folder = {str(key): value for key, value in source.items()}, here
     else:
         document, folder = read_yaml(Path(source)), Path(source).absolute().parent
-    document = absolute_paths(document, folder)
+    above: dict[str, Any] = {}
     for override in overrides:
-        document = _merged(document, absolute_paths(parse_override(override), here))
-    return build_run(document)
+        above = _merged(above, absolute_paths(parse_override(override), here))
+    document = absolute_paths(document, folder)
+    if isinstance(above.get("adapter"), Mapping) and FROM in above["adapter"]:
+        document["adapter"] = {}  # an adapter that exists says everything that the file's section says
+    return build_run(_merged(document, above))
 
 
 def build_run(document: Mapping[str, Any]) -> RunConfig:
@@ -139,7 +165,16 @@ def _adapter(section: Mapping[str, Any] | None) -> LoraConfig | StartFrom:
     kind = section.get("kind", "lora")
     if kind not in ADAPTER_KINDS:
         raise RequestError(f"unknown adapter.kind {kind!r}{did_you_mean(str(kind), ADAPTER_KINDS)}")
-    return build(ADAPTER_KINDS[kind], section, "adapter")
+    try:
+        return build(ADAPTER_KINDS[kind], section, "adapter")
+    except RequestError as error:
+        raise RequestError(with_section(str(error))) from None
+
+
+def with_section(message: str) -> str:
+    """The library's message about a LoraConfig, which begins with a field, as that of a run file: `adapter.r`."""
+    names = "|".join(item.name for item in fields(LoraConfig))
+    return re.sub(rf"^(unknown )?({names})\b", r"\1adapter.\2", message)
 
 
 def check_keys(document: Mapping[str, Any]) -> None:

@@ -12,13 +12,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.attach.checkpoint import load_adapter, read_config
 from rankwise.attach.peft_format import CONFIG_FILE
-from rankwise.data.config import DataConfig
+from rankwise.data.config import AUTO, DataConfig
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
-from rankwise.models.load import choose_device, load_model, load_tokenizer
+from rankwise.models.load import check_causal, choose_device, load_model, load_tokenizer
 from rankwise.models.quiet import quietly
 from rankwise.recipes.output import RUN_FILE
-from rankwise.recipes.run import read_run
+from rankwise.recipes.run import TEXT_FORMAT, read_run
 from rankwise.train.precision import choose_precision
 from rankwise.train.state import ADAPTER
 
@@ -50,7 +50,8 @@ class Target:
         """How rows (of `file`) become tokens: the run's own treatment, or the defaults, padded."""
         config = DataConfig(train=file or "prompts", packing=False) if self.data is None else self.data
         if file is not None:
-            config = dataclasses.replace(config, train=file, valid=None, test=None)
+            format = AUTO if config.format == TEXT_FORMAT else config.format  # a run on texts may be asked questions
+            config = dataclasses.replace(config, train=file, valid=None, test=None, format=format)
         return config if self.chat_template is None else dataclasses.replace(config, chat_template=self.chat_template)
 
 
@@ -149,7 +150,8 @@ def _adapter_target(name: str, folder: Path, base: str | None, device: str) -> T
         raise RequestError(f"the adapter '{name}' does not name its base model; give it with --base")
     if stated.startswith(os.sep) and not Path(stated).is_dir():
         raise RequestError(f"the base model of '{name}' is not at '{stated}' any more; give it with --base")
-    return Target(name, "adapter", ModelConfig(stated, device, revision=config.revision), folder)
+    is_folder = Path(stated).expanduser().is_dir()  # which has no revision, whatever the adapter's writer put there
+    return Target(name, "adapter", ModelConfig(stated, device, None if is_folder else config.revision), folder)
 
 
 def open_target(target: Target, precision: str = "auto") -> Opened:
@@ -175,8 +177,9 @@ def target_tokenizer(target: Target) -> PreTrainedTokenizerBase:
     """The tokenizer in the adapter's folder, where there is one (an adapter may change the vocabulary or the chat
     template), else the base's. Always with a pad token.
 
-    Raises: RequestError for what can't be loaded.
+    Raises: RequestError for what can't be loaded, and for an encoder.
     """
+    check_causal(target.model)
     if target.adapter is None or not (target.adapter / TOKENIZER_FILE).is_file():
         return load_tokenizer(target.model)
     try:

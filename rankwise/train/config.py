@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from rankwise.errors import RequestError, did_you_mean
+from rankwise.errors import RequestError, counted, did_you_mean
 
 OBJECTIVES = ("sft", "text")
 OBJECTIVES_TO_COME = ("seq2seq", "classification", "token-classification", "embedding", "dpo")
@@ -24,6 +24,8 @@ AUTO_EVENTS = 10
 DEFAULT_STEPS = 200
 DEFAULT_MICRO_BATCH_SIZE = 4
 DEFAULT_SAMPLES = 3
+DEFAULT_SAMPLE_TOKENS = 64
+DEFAULT_CHECKPOINTS = 2
 
 _EPOCHS = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*epochs?\s*")
 
@@ -90,9 +92,9 @@ class TrainConfig:
         seed: fixes the adapter's start, the order of rows and dropout.
         log_every, evaluate_every, save_every: steps, "2 epochs", null or 0 for never, `auto` for ten times in a run.
             The last step is always logged, evaluated and saved unless its setting says never (logging: always).
-        keep_checkpoints: how many of the newest checkpoints stay; null keeps all.
+        keep_checkpoints: how many of the newest checkpoints stay: `auto` keeps 2, null all.
         samples: answers generated at each evaluation, into samples.jsonl; not given: 3 where there is an evaluation.
-        sample_tokens: the most tokens of each such answer.
+        sample_tokens: the most tokens of each such answer; not given: 64.
 
     Raises: RequestError for a value out of range, or a setting without effect.
     """
@@ -115,9 +117,9 @@ class TrainConfig:
     log_every: int | str | None = 1
     evaluate_every: int | str | None = AUTO
     save_every: int | str | None = AUTO
-    keep_checkpoints: int | None = 2
+    keep_checkpoints: int | str | None = AUTO
     samples: int | None = None
-    sample_tokens: int = 64
+    sample_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None:
@@ -179,12 +181,43 @@ class TrainConfig:
             Every.parse(getattr(self, name), f"train.{name}", DEFAULT_STEPS)
         if not 0 <= self.seed < 2**63:
             raise RequestError(f"train.seed must be a whole number from 0 to 2**63 - 1, not {self.seed}")
-        _at_least("keep_checkpoints", self.keep_checkpoints, 1)
+        self._check_checkpoints()
+        self._check_samples()
+
+    def _check_checkpoints(self) -> None:
+        keep = self.keep_checkpoints
+        if isinstance(keep, str):
+            if keep != AUTO:
+                raise RequestError(f"train.keep_checkpoints must be a number, auto, or null for all, not {keep!r}")
+            return
+        _at_least("keep_checkpoints", keep, 1)
+        if Every.parse(self.save_every, "train.save_every", DEFAULT_STEPS).is_never:
+            raise RequestError(
+                f"train.keep_checkpoints ({'null' if keep is None else keep}) has no effect: train.save_every says "
+                "never; leave it out, or set save_every"
+            )
+
+    def _check_samples(self) -> None:
         _at_least("samples", self.samples, 0)
         _at_least("sample_tokens", self.sample_tokens, 1)
-        if self.samples and self.evaluates_never:
+        given = {"samples": self.samples, "sample_tokens": self.sample_tokens}
+        for name, value in given.items():
+            if not value:
+                continue
+            remedy = f"{name} to {'0' if name == 'samples' else 'null'}"
+            if self.evaluates_never:
+                raise RequestError(
+                    f"train.{name} ({value}) has no effect: train.evaluate_every says never; set {remedy}"
+                )
+            if self.objective == "text":
+                raise RequestError(
+                    f"train.{name} ({value}) has no effect with train.objective: text, whose rows ask nothing; "
+                    f"set {remedy}"
+                )
+        if self.sample_tokens and self.samples == 0:
             raise RequestError(
-                f"train.samples ({self.samples}) has no effect: train.evaluate_every says never; set samples to 0"
+                f"train.sample_tokens ({self.sample_tokens}) has no effect with train.samples: 0; set samples, or "
+                "leave it out"
             )
 
     @property
@@ -192,6 +225,21 @@ class TrainConfig:
         """`micro_batch_size`, filled in."""
         assert self.micro_batch_size is not None
         return self.micro_batch_size
+
+    @property
+    def num_checkpoints(self) -> int | None:
+        """How many checkpoints stay; None: all."""
+        return DEFAULT_CHECKPOINTS if isinstance(self.keep_checkpoints, str) else self.keep_checkpoints
+
+    @property
+    def num_samples(self) -> int:
+        """`samples`, filled in."""
+        return DEFAULT_SAMPLES if self.samples is None else self.samples
+
+    @property
+    def longest_sample_tokens(self) -> int:
+        """`sample_tokens`, filled in."""
+        return DEFAULT_SAMPLE_TOKENS if self.sample_tokens is None else self.sample_tokens
 
     @property
     def evaluates_never(self) -> bool:
@@ -217,7 +265,7 @@ class TrainConfig:
         steps = int(self.warmup * num_steps) if self.warmup < 1 else int(self.warmup)
         if steps >= num_steps and steps > 0:
             raise RequestError(
-                f"train.warmup ({self.warmup}) takes all {num_steps} steps of the run; "
+                f"train.warmup ({self.warmup}) takes all of the run, {counted(num_steps, 'step')}; "
                 "use fewer, or a fraction such as 0.05"
             )
         return steps

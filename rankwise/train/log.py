@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rankwise.errors import WorkError
+from rankwise.errors import WriteError
 from rankwise.files import write_text
 
 PLAIN_LINE_S = 10.0
@@ -32,14 +32,14 @@ class JsonLines:
     def append(self, line: Mapping[str, Any]) -> None:
         """Adds one line. JSON has no NaN: such a value is a programmer's mistake here.
 
-        Raises: WorkError when it can't be written.
+        Raises: WriteError when it can't be written.
         """
         text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise WorkError(f"cannot write '{self.path}': {error.strerror}; free space, then --resume") from error
+            raise WriteError(str(self.path), error.strerror or str(error)) from error
 
     def read(self) -> list[dict[str, Any]]:
         """All whole lines; a last line that a crash cut off is left out."""

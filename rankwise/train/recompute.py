@@ -4,11 +4,12 @@ arXiv 1604.06174), one transformer block at a time, by the model's own blocks.
 
 from __future__ import annotations
 
-import warnings
-
 from transformers import PreTrainedModel
 
 from rankwise.errors import RequestError
+
+HAS_NEW_NAME = "activation_checkpointing_enable" in vars(PreTrainedModel)
+"""The earlier releases of transformers 5 know the other name only; the later ones warn that 6 drops it."""
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
@@ -19,9 +20,9 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
         kind = type(model).__name__
         raise RequestError(f"{kind} has no gradient checkpointing; set train.gradient_checkpointing=false")
-    with warnings.catch_warnings():
-        # the name that transformers 5 knows in all its releases; the later ones warn that 6 drops it
-        warnings.simplefilter("ignore", FutureWarning)
+    if HAS_NEW_NAME:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # Not re-entrant, gradients reach the adapters inside a block although its input, the frozen embedding, needs none;
     # the hook that transformers adds for the other kind would only carry gradients below the first adapter.

@@ -9,11 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
+import torch
 
+from rankwise.attach.inject import disabled
 from rankwise.cli.main import main
 from rankwise.export import certificate
-from tests.recipes.trained import rows, run_document, save_model, trained_run, write_rows
+from rankwise.recipes.target import find_target, open_target
+from tests.recipes.trained import figures, rows, run_document, save_model, trained_run, write_rows
 
 PRECISION = ["--precision", "fp32", "--device", "cpu"]
 
@@ -75,6 +79,28 @@ def test_evaluate_a_model(call, run):
     assert code == 0 and [row["target"] for row in document["results"]] == [str(model)]
 
 
+def test_evaluate_an_adapter_that_was_copied_elsewhere(call, run, tmp_path):
+    """The folder alone is enough: it names its base, and the figures are those of the run's."""
+    alone = shutil.copytree(run / "adapter", tmp_path / "elsewhere" / "mine")
+    argv = ["--data", run.parent / "valid.jsonl", "--max-new-tokens", 4, *PRECISION]
+    code, document, _, _ = call("evaluate", alone, *argv, json_only=True)
+    assert code == 0 and document["kind"] == "adapter"
+    _, expected, _, _ = call("evaluate", run, *argv, json_only=True)
+    for found, wanted in zip(document["results"], expected["results"], strict=True):
+        assert figures(found) == pytest.approx(figures(wanted), rel=1e-4)
+
+
+def test_peft_loads_the_adapter_with_its_base_from_the_folder_alone(run, tmp_path):
+    alone = shutil.copytree(run / "adapter", tmp_path / "mine")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(str(alone)).eval()
+    ours = open_target(find_target(str(alone), device="cpu"), "fp32").model
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-5)
+        with theirs.disable_adapter(), disabled(ours):
+            assert torch.equal(theirs(ids).logits, ours(ids).logits)
+
+
 def test_evaluate_refuses(call, run, tmp_path):
     check_failure(call, 2, "unknown metric 'blue'; did you mean 'bleu'", "evaluate", run, "--metrics", "blue")
     check_failure(call, 2, "did you mean 'valid.jsonl'", "evaluate", run, "--data", run.parent / "vaild.jsonl")
@@ -84,6 +110,17 @@ def test_evaluate_refuses(call, run, tmp_path):
     broken.write_text('{"prompt": "a", "completion": "b"}\nnot json\n')
     check_failure(call, 2, "broken.jsonl:2", "evaluate", run, "--data", broken)
     check_failure(call, 2, "model.device 'gpu' is not a device", "evaluate", run, "--device", "gpu")
+    argv = ["--metrics", "loss", "--max-new-tokens", 9]
+    check_failure(
+        call, 2, "--max-new-tokens 9 has no effect: no answers are generated for loss", "evaluate", run, *argv
+    )
+
+
+@pytest.mark.parametrize("command", [["evaluate", "nope", "--data", "DATA"], ["generate", "nope", "--prompt", "hi"]])
+def test_a_mistyped_name_is_one_line(call, run, command):
+    argv = [run.parent / "valid.jsonl" if word == "DATA" else word for word in command]
+    check_failure(call, 2, "model 'nope' is neither a folder here nor in the local Hub cache", *argv)
+    assert call(*argv)[3].count("\n") == 1
 
 
 # --- merge ---------------------------------------------------------------------------------------------------------
@@ -230,6 +267,8 @@ def test_data_preview_of_broken_rows(call, run_file, tmp_path):
 
 def test_demo_refuses(call, tmp_path, run):
     check_failure(call, 2, "exists; choose another folder", "demo", "--quick", "--output", tmp_path)
+    (tmp_path / "file").touch()
+    check_failure(call, 2, "file' is not a folder", "demo", "--quick", "--output", tmp_path / "file" / "d")
     check_failure(
         call, 2, "there is no such folder", "demo", "--quick", "--output", tmp_path / "d", "--model", "./nope"
     )

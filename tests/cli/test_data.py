@@ -73,3 +73,23 @@ def test_overrides_and_missing_files(tmp_path, model, capsys):
     good = write_rows(tmp_path / "good.jsonl", [messages("Hi", "Hello")])
     assert main(["data", "preview", path, f"data.train={good}", "data.max_length=24", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["truncated"] == 1
+
+
+def test_rows_that_the_objective_does_not_train_on_are_a_warning(tmp_path, model, capsys):
+    write_rows(tmp_path / "train.jsonl", [{"text": "a quiet day"}])
+    path = run_file(tmp_path, model, "train.jsonl")
+    assert main(["data", "preview", path, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["rows"] == 1 and document["format"] == "text"
+    (warning,) = document["warnings"]
+    assert "train.objective: sft trains on answers, data.train holds whole texts" in warning
+    assert main(["data", "preview", path, "train.objective=text", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] == []
+    assert main(["data", "preview", path, "--strict"]) == 1
+
+
+def test_an_encoder_is_refused(tmp_path, model, capsys):
+    (Path(model) / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    write_rows(tmp_path / "train.jsonl", [messages("Hi", "Yo")])
+    assert main(["data", "preview", run_file(tmp_path, model, "train.jsonl"), "--json"]) == 2
+    assert "is an encoder" in json.loads(capsys.readouterr().out)["error"]["message"]

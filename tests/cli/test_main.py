@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import types
@@ -127,6 +129,22 @@ def test_failures_are_one_line(monkeypatch, capsys, error, code, message):
     assert cli.main(["fake", "f", "--json"]) == code
     out, err = capsys.readouterr()
     assert json.loads(out)["error"] == {"code": code, "message": message.replace(r"\\n", r"\n")}
+
+
+def test_ctrl_c_that_a_library_swallows_is_still_an_interruption(monkeypatch, capsys):
+    """Importing is full of extensions that turn it into an error of their own."""
+
+    def run(args):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("half a library") from None
+
+    fake_command(monkeypatch, run)
+    before = signal.getsignal(signal.SIGINT)
+    assert cli.main(["fake", "f"]) == 1
+    assert capsys.readouterr().err == "rankwise: error: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_debug_shows_the_traceback(monkeypatch, capsys):

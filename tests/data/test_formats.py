@@ -34,7 +34,7 @@ def test_the_reason_says_what_was_seen():
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"messages": [], "text": ""}], r"messages \(1 of 1 rows\) and text .*; line 1 has the keys messages, text"),
+        ([{"messages": [], "text": ""}], r"messages \(1 of 1 row\) and text .*; line 1 has the keys messages, text"),
         ([ROWS["alpaca"], ROWS["text"]], r"text \(1 of 2 rows\) and alpaca \(1 of 2 rows\)"),
         ([{"question": "q", "reply": "a"}], "line 1 has the keys question, reply; known formats: messages"),
         ([{"prompt": "q", "chosen": "a", "rejected": "b"}], "preference pairs, which are not read yet"),
@@ -113,3 +113,8 @@ def conversation(*roles: str, **more: object) -> dict:
 def test_bad_rows_say_what_is_wrong(name, row, words):
     with pytest.raises(RowError, match=words):
         FORMATS[name].turns(row)
+
+
+def test_one_row_is_one():
+    assert detect([(1, ROWS["text"])], "f") == ("text", "1 of 1 row has text")
+    assert detect([(1, ROWS["text"]), (2, ROWS["text"])], "f") == ("text", "2 of 2 rows have text")

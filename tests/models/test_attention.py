@@ -54,7 +54,7 @@ def test_packed_losses_and_gradients_equal_rows_alone(family, mode, checkpointin
     model, stock = tiny.CAUSAL_LMS[family](), tiny.CAUSAL_LMS[family]()
     rows = rows_of(LENGTHS)
     if checkpointing:
-        model.train().gradient_checkpointing_enable()
+        model.train().activation_checkpointing_enable()
         packing_mode(model)
         calls = count_attention_calls(model)
     losses = token_losses(model, packed(rows))

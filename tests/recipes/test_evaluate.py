@@ -23,6 +23,10 @@ def config(**settings) -> EvaluateConfig:
     return EvaluateConfig(**{"max_new_tokens": 6, "precision": "fp32", **settings})
 
 
+def loss_only(**settings) -> EvaluateConfig:
+    return config(**{"metrics": ("loss",), "max_new_tokens": None, **settings})
+
+
 def test_adapter_beside_its_base(run):
     result = evaluate(str(run), config(), device="cpu")
     assert [list(row) for row in result["results"]] == [["target", *ALL]] * 2
@@ -49,7 +53,7 @@ def test_only_one_model_is_loaded(run, monkeypatch):
     loads = []
     opened = room.open_target
     monkeypatch.setattr(room, "open_target", lambda *given: loads.append(opened(*given)) or loads[-1])
-    evaluate(str(run), config(metrics=("loss",)), device="cpu")
+    evaluate(str(run), loss_only(), device="cpu")
     assert len(loads) == 1 and is_attached(loads[0].model)
     with disabled(loads[0].model):
         pass
@@ -62,7 +66,7 @@ def test_batch_size_changes_nothing(run):
 
 
 def test_only_what_was_asked_for(run, monkeypatch):
-    result = evaluate(str(run), config(metrics=("loss",), rows=2), device="cpu")
+    result = evaluate(str(run), loss_only(rows=2), device="cpu")
     assert [list(row) for row in result["results"]] == [["target", "loss"]] * 2 and result["rows"] == 2
     monkeypatch.setattr(room, "measure_loss", None)
     result = evaluate(str(run), config(metrics=("bleu", "chrf"), copy=True), device="cpu")
@@ -80,8 +84,12 @@ def test_copy_repeats_the_input_without_its_instruction(run, tmp_path):
 def test_texts_have_a_loss_and_no_answers(run, tmp_path):
     data = write_rows(tmp_path / "texts.jsonl", [{"text": "a quiet day by the sea"}, {"text": "rain"}])
     model = str(run.parent / "model")
-    result = evaluate(model, config(data=data), device="cpu")
+    result = evaluate(model, loss_only(data=data, metrics=None), device="cpu")
     assert list(result["results"][0]) == ["target", "loss", "perplexity"]
+    with pytest.raises(
+        RequestError, match=r"--max-new-tokens 6 has no effect: no answers are generated for loss, perplexity"
+    ):
+        evaluate(model, config(data=data), device="cpu")
     with pytest.raises(RequestError, match=r"metric 'bleu' compares answers, and .*texts.jsonl:1 is text without one"):
         evaluate(model, config(data=data, metrics=("bleu",)), device="cpu")
 
@@ -94,21 +102,25 @@ def test_bad_requests(run, tmp_path):
         evaluate(model, config(metrics=("rogue_l",)), device="cpu")
     with pytest.raises(RequestError, match=r"data file .* does not exist"):
         evaluate(str(run), config(data=str(run.parent / "vlid.jsonl")), device="cpu")
+    with pytest.raises(
+        RequestError, match="--max-new-tokens 6 has no effect: no answers are generated for loss; leave it out"
+    ):
+        evaluate(str(run), config(metrics=("loss",)), device="cpu")
     with pytest.raises(RequestError, match="--copy has no effect"):
-        evaluate(str(run), config(metrics=("loss",), copy=True), device="cpu")
+        evaluate(str(run), loss_only(copy=True), device="cpu")
 
 
 def test_template_and_length_in_place_of_the_runs(run):
-    plain = evaluate(str(run), config(metrics=("loss",), chat_template="plain"), device="cpu")
-    own = evaluate(str(run), config(metrics=("loss",)), device="cpu")
+    plain = evaluate(str(run), loss_only(chat_template="plain"), device="cpu")
+    own = evaluate(str(run), loss_only(), device="cpu")
     assert plain["results"][1]["loss"] != pytest.approx(own["results"][1]["loss"], rel=1e-3)
-    assert evaluate(str(run), config(metrics=("loss",), max_length=45), device="cpu")["truncated"] > 0
+    assert evaluate(str(run), loss_only(max_length=45), device="cpu")["truncated"] > 0
     with pytest.raises(RequestError, match=r"data.chat_template can't be 'plane'; did you mean 'plain'"):
         evaluate(str(run), config(chat_template="plane"), device="cpu")
 
 
 def test_rows_that_were_cut_are_counted(run, tmp_path, capsys):
     long = [{"prompt": "Capitals: a", "completion": "A" * 700}, *rows(2)]
-    result = evaluate(str(run), config(data=write_rows(tmp_path / "d.jsonl", long), metrics=("loss",)), device="cpu")
+    result = evaluate(str(run), loss_only(data=write_rows(tmp_path / "d.jsonl", long)), device="cpu")
     assert result["truncated"] == 1 and len(result["warnings"]) == 1
     assert capsys.readouterr().err == f"warning: {result['warnings'][0]}\n"

@@ -21,6 +21,12 @@ def run(tmp_path_factory) -> Path:
     return trained_run(tmp_path_factory.mktemp("merge"))
 
 
+def test_a_file_in_the_way_is_said_before_anything_is_read(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match=r"can't be made: '.*/file' is not a folder; choose another"):
+        merge("never looked at", str(tmp_path / "file" / "merged"))
+
+
 def test_the_document_and_the_folder(run, tmp_path):
     out = tmp_path / "merged"
     result = merge(str(run), str(out), device="cpu")

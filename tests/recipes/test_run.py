@@ -110,11 +110,19 @@ def test_starting_from_an_adapter(tmp_path: Path) -> None:
         ("train.max_length=3", ("train.max_length", "data.max_length")),
         ("outptu=x", ("outptu", "output")),
         ("adapter.rank=3", ("adapter.rank", "adapter.rank_pattern")),
-        ("train.lr=fast", ("train.lr", "float", "fast")),
-        ("train.steps=2.5", ("train.steps", "int", "2.5")),
+        ("train.lr=fast", ("train.lr", "a number", "fast")),
+        ("train.steps=2.5", ("train.steps", "a whole number or null", "2.5")),
         ("train=3", ("train", "mapping", "3")),
         ("adapter.kind=lroa", ("adapter.kind", "lroa", "lora")),
-        ("adapter.from=old", ("adapter.", "no effect", "adapter.from")),
+        ("adapter={from: old, r: 8}", ("adapter.r has no effect", "adapter.from")),
+        ("adapter.r=0", ("adapter.r must be a positive whole number",)),
+        ("adapter.r=x", ("adapter.r must be a whole number, not 'x'",)),
+        ("adapter.bias=some", ("unknown adapter.bias 'some'",)),
+        ("adapter.init_lora_weights=pisa", ("unknown adapter.init_lora_weights 'pisa'; did you mean 'pissa'",)),
+        ("adapter.rank_pattern={q: 0}", ("adapter.rank_pattern['q'] must be",)),
+        ("adapter.layers_to_transform=[1]", ("adapter.layers_to_transform has no effect with target_modules",)),
+        ("adapter.task_type=SEQ_CLS", ("adapter.task_type (SEQ_CLS)", "train.objective: sft", "CAUSAL_LM")),
+        ("adapter.revision=main", ("adapter.revision (main)", "model.revision")),
         ("data.valid=null", ("train.evaluate_every (50)", "no effect", "data.valid")),
         ("train.evaluate_every=0", ("data.valid has no effect", "train.evaluate_every")),
         ("tasks={rude: 1}", ("tasks", "rude", "not available yet")),
@@ -142,6 +150,35 @@ def test_an_objective_that_the_format_does_not_have(run_file: Path) -> None:
 def test_samples_need_validation_data(run_file: Path) -> None:
     with pytest.raises(RequestError, match=r"train.samples \(2\) has no effect without data.valid"):
         read_run(run_file, ["data.valid=null", "train.evaluate_every=auto", "train.samples=2"])
+    with pytest.raises(RequestError, match=r"train.sample_tokens \(9\) has no effect without data.valid"):
+        read_run(run_file, ["data.valid=null", "train.evaluate_every=auto", "train.sample_tokens=9"])
+
+
+def test_from_as_an_override_replaces_the_section(run_file: Path, tmp_path: Path, monkeypatch) -> None:
+    """What a failed run advises works on the run file as it is."""
+    monkeypatch.chdir(tmp_path)
+    assert read_run(run_file, ["adapter.from=old"]).adapter == StartFrom(str(tmp_path / "old"))
+    for overrides in (["adapter.r=8", "adapter.from=old"], ["adapter.from=old", "adapter.r=8"]):
+        with pytest.raises(RequestError, match=r"adapter\.r has no effect with adapter\.from"):
+            read_run(run_file, overrides)
+    run_file.write_text("adapter: {from: old, r: 8}\ndata: {train: a.jsonl}\n")
+    with pytest.raises(RequestError, match=r"adapter\.r has no effect with adapter\.from"):
+        read_run(run_file)
+
+
+def test_defaults_are_not_settings_without_effect(run_file: Path, tmp_path: Path) -> None:
+    """What is left at its default does not trip over the rest, also when it is written out in a resolved run file."""
+    for overrides in (
+        ["train.save_every=null"],
+        ["train.samples=0"],
+        ["data.valid=null", "train.evaluate_every=auto"],
+        ["train.objective=text", "data.format=text"],
+        ["adapter.task_type=CAUSAL_LM"],
+    ):
+        run = read_run(run_file, overrides)
+        dumped = tmp_path / "dumped.yaml"
+        dumped.write_text(run_yaml(run))
+        assert read_run(dumped) == run
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,14 @@ def test_an_adapter_alone_names_its_base(run, lone_adapter):
     assert target.data_config("x.jsonl").train == "x.jsonl"
 
 
+def test_a_revision_beside_a_folder_is_left_out(run, lone_adapter):
+    """Others may write one there; only models of the Hub have revisions."""
+    change_config(lone_adapter, revision="main")
+    assert find_target(str(lone_adapter)).model.revision is None
+    change_config(lone_adapter, base_model_name_or_path="owner/name")
+    assert find_target(str(lone_adapter)).model.revision == "main"
+
+
 def test_a_base_that_is_given_wins(lone_adapter, run):
     assert find_target(str(lone_adapter), base="demo").model.name == "demo"
     assert find_target(str(run), base="demo").model.name == "demo"

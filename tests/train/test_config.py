@@ -36,6 +36,13 @@ from rankwise.train.config import Every, TrainConfig
         ({"save_every": -3}, ("train.save_every", "-3")),
         ({"evaluate_every": "0 epochs"}, ("train.evaluate_every",)),
         ({"keep_checkpoints": 0}, ("keep_checkpoints", "1 or more")),
+        ({"keep_checkpoints": "all"}, ("keep_checkpoints", "auto", "null for all", "'all'")),
+        ({"keep_checkpoints": 3, "save_every": None}, ("train.keep_checkpoints (3)", "no effect", "save_every")),
+        ({"keep_checkpoints": None, "save_every": 0}, ("train.keep_checkpoints (null)", "no effect", "leave it out")),
+        ({"objective": "text", "samples": 2}, ("train.samples (2)", "no effect", "text", "set samples to 0")),
+        ({"objective": "text", "sample_tokens": 9}, ("train.sample_tokens (9)", "no effect", "sample_tokens to null")),
+        ({"samples": 0, "sample_tokens": 9}, ("train.sample_tokens (9)", "no effect", "train.samples: 0")),
+        ({"evaluate_every": None, "sample_tokens": 9}, ("train.sample_tokens (9)", "no effect", "evaluate_every")),
         ({"evaluate_every": 0, "samples": 2}, ("train.samples", "no effect")),
         ({"seed": -1}, ("train.seed", "-1")),
     ],
@@ -65,7 +72,7 @@ def test_warmup_in_steps_and_fractions() -> None:
     assert TrainConfig(warmup=0.05).warmup_steps(200) == 10
     assert TrainConfig(warmup=7).warmup_steps(200) == 7
     assert TrainConfig(warmup=0.05).warmup_steps(10) == 0
-    with pytest.raises(RequestError, match="takes all 5 steps"):
+    with pytest.raises(RequestError, match="takes all of the run, 5 steps"):
         TrainConfig(warmup=5).warmup_steps(5)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -37,6 +39,14 @@ def test_blocks_really_run_twice() -> None:
     enable_gradient_checkpointing(model)
     accumulate(model, optimizer_of(model), split(8, True), TOKENS, 1)
     assert len(calls) == 3
+
+
+def test_it_is_turned_on_by_a_name_that_is_not_deprecated() -> None:
+    model = adapted().train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enable_gradient_checkpointing(model)
+    assert model.get_submodule("model.layers.0").gradient_checkpointing
 
 
 def test_a_model_without_it_is_refused() -> None:

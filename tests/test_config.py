@@ -1,0 +1,47 @@
+"""Strict dataclasses: wrong types are named in words, not in Python's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from rankwise.config import build
+from rankwise.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Settings:
+    count: int = 1
+    rate: float = 1.0
+    length: int | float | None = None
+    is_on: bool = False
+    name: str = "x"
+    names: list[str] = field(default_factory=list)
+    pair: tuple[float, float] = (0.0, 1.0)
+    ranks: dict[str, int] = field(default_factory=dict)
+    rows: list[int] | dict[str, list[int]] | None = None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("count", "abc", "a whole number"),
+        ("rate", "abc", "a number"),
+        ("length", "abc", "a number or null"),
+        ("is_on", "perhaps", "true or false"),
+        ("name", [1], "text"),
+        ("names", 3, "a list, each item text"),
+        ("pair", [1], "2 values, each a number"),
+        ("ranks", {"q": "many"}, "a mapping, each value a whole number"),
+        (
+            "rows",
+            "x",
+            "a list, each item a whole number or a mapping, each value a list, each item a whole number or null",
+        ),
+    ],
+)
+def test_a_wrong_type_is_said_in_words(name, value, words):
+    with pytest.raises(RequestError) as error:
+        build(Settings, {name: value}, "train")
+    assert error.value.message == f"train.{name} must be {words}, not {value!r}"
