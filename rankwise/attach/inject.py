@@ -89,7 +89,9 @@ def inject(model: Model, config: LoraConfig, generator: torch.Generator | None, 
         attachment.exchange(model, name, trainable=True)
     guard_methods(model)
     if attachment.share_left_out > 0.01:
-        log.info(
+        # with all-linear nobody expects it: experts, for one, are no linear layers
+        log.log(
+            logging.WARNING if is_all_linear(config) else logging.INFO,
             "adapters leave out %.0f %% of the layers' weights (%s)",
             100 * attachment.share_left_out, ", ".join(attachment.largest_left_out),
         )  # fmt: skip

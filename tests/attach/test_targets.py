@@ -81,7 +81,7 @@ def test_all_linear_leaves_a_classifier_to_its_task(task_type):
 
 
 def test_the_share_left_out_is_said(caplog):
-    caplog.set_level("INFO", logger="rankwise")
+    caplog.set_level("WARNING", logger="rankwise")
     model = tiny.mixtral()
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     routers = sum(p.numel() for n, p in model.named_parameters() if ".gate." in n or "router" in n)
