@@ -81,6 +81,7 @@ class AdapterLayer(nn.Module, ABC):
         return None
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> Float[Tensor, "..."]:
-        """base.weight with the change, computed in fp32 and rounded once to `dtype` (the base's own by default)."""
-        merged = self.weight.detach().float() + self.delta_weight().detach()
+        """base.weight with the change, in fp32 or wider, rounded once to `dtype` (the base's own by default)."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        merged = self.weight.detach().to(wide) + self.delta_weight().detach()
         return merged.to(dtype or self.weight.dtype)

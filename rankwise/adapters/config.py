@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,6 +49,7 @@ class LoraConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        self._normalise()
         for name, value, known in (
             ("kind", self.kind, ("lora",)),
             ("bias", self.bias, BIASES),
@@ -57,13 +59,13 @@ class LoraConfig:
                 raise RequestError(f"unknown {name} {value!r}{did_you_mean(str(value), known)}")
         ranks = {"r": self.r} | {f"rank_pattern['{pattern}']": rank for pattern, rank in self.rank_pattern.items()}
         for name, rank in ranks.items():
-            if rank <= 0:
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
                 raise RequestError(
                     f"{name} must be a positive whole number, not {rank!r}; to leave a layer out, exclude it"
                 )
         alphas = {f"alpha_pattern['{pattern}']": alpha for pattern, alpha in self.alpha_pattern.items()}
         for name, alpha in {"lora_alpha": self.lora_alpha, **alphas}.items():
-            if not alpha > 0:
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (0 < alpha < math.inf):
                 raise RequestError(f"{name} must be above 0, not {alpha!r}: at 0 the adapter can never change anything")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise RequestError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
@@ -83,6 +85,20 @@ class LoraConfig:
         start = start_name(self.init_lora_weights)
         if self.init_scale != 1.0 and start in {"pissa", "olora"}:
             raise RequestError(f"init_scale has no effect with init_lora_weights={start!r}, whose A is the base's own")
+
+    def _normalise(self) -> None:
+        """Sets and tuples, usual in code written for PEFT, become lists.
+
+        Raises: RequestError for text where a list is meant.
+        """
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, (set, frozenset)):
+                object.__setattr__(self, name, sorted(value))
+            elif isinstance(value, tuple):
+                object.__setattr__(self, name, list(value))
+        if isinstance(self.modules_to_save, str):
+            raise RequestError(f"modules_to_save must be a list of names, not {self.modules_to_save!r}")
 
     def with_(self, **changes: Any) -> LoraConfig:
         """A copy with some fields changed."""

@@ -7,8 +7,9 @@ Legend: N tokens, n inputs, o outputs, r rank, s scale. Gradients (G = dL/dy): d
 dx = G W + dh A. W is frozen and gets none.
 
 Dropout draws one random byte an entry, eight from each 64-bit number, and keeps the entries below a threshold: the
-probability of keeping is rounded to a multiple of 1/256, and what is kept is scaled by the inverse of exactly that. The
-mask is kept as one byte an entry, and d(x) is formed again in the backward pass.
+probability of keeping is rounded to a multiple of 1/256, and what is kept is scaled by the inverse of exactly that (the
+plain path is taken where that is too coarse). The mask is kept as one byte an entry, and d(x) is formed again in the
+backward pass.
 """
 
 # torch types Function.apply and ctx loosely, and strict mode brings these rules back
@@ -69,9 +70,16 @@ class LoraLinear(torch.autograd.Function):
         return grad_x, None, grad.sum(0) if need_bias else None, grad_A, grad_B, None, None
 
 
+def keep_threshold(dropout: float) -> int | None:
+    """Bytes below it are kept; None where 1/256 is too coarse: the rate would be off by more than 5 %."""
+    threshold = round((1.0 - dropout) * 256)
+    return threshold if threshold and abs((1.0 - threshold / 256) - dropout) <= 0.05 * dropout else None
+
+
 def kept_entries(like: Float[Tensor, "N n"], dropout: float) -> tuple[Bool[Tensor, "N n"], float]:
     """A random mask of the entries to keep, from the global generator, and the probability of keeping that it has."""
-    threshold = min(max(round((1.0 - dropout) * 256), 1), 255)
+    threshold = keep_threshold(dropout)
+    assert threshold is not None, f"dropout {dropout} is for the plain path"
     count = like.numel()
     words = torch.empty((count + 7) // 8, dtype=torch.int64, device=like.device).random_(-(2**63), None)
     kept = words.view(torch.uint8)[:count].view(like.shape) < threshold

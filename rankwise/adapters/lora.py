@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from rankwise.adapters.base import LowRank
-from rankwise.adapters.fused import lora_linear
+from rankwise.adapters.fused import keep_threshold, lora_linear
 from rankwise.adapters.low_rank import LowRankLayer
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps those who listen to its calls."""
 
 
 @final
@@ -32,12 +36,20 @@ class LoraLayer(LowRankLayer):
         return y + self.change(x).to(y.dtype)
 
     def _can_fuse(self, x: Tensor) -> bool:
-        """A plain frozen linear layer without a subtracted start, outside of autocast."""
+        """A plain frozen linear layer that nobody listens to, without a subtracted start, outside of autocast.
+
+        Hooks and forwards replaced on the instance (offloading does both) act only when the base itself is called.
+        """
+        base = self.base
         return (
-            type(self.base) is nn.Linear
+            type(base) is nn.Linear
             and x.dtype == self.weight.dtype
             and not self.weight.requires_grad
+            and not self.weight.is_meta
+            and not any(vars(base)[hooks] for hooks in HOOKS)
+            and "forward" not in vars(base)
             and self.start_A is None
+            and not (self.training and self.dropout and keep_threshold(self.dropout) is None)
             and not torch.is_autocast_enabled(x.device.type)
         )
 

@@ -104,6 +104,12 @@ def _refuse_attached(model: nn.Module) -> None:
             f"an adapter is attached to this {type(model).__name__} already; detach or merge it first, or load another "
             "in its place"
         )
+    inside = [name for name, module in model.named_modules() if isinstance(module, (AdapterLayer, Attachment))]
+    if inside:
+        raise RequestError(
+            f"an adapter is attached to a part of this {type(model).__name__} already ('{inside[0]}'); "
+            "detach it there first"
+        )
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise RequestError("this model holds PEFT layers; unload or merge them first (model.unload())")
 

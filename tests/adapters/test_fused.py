@@ -74,7 +74,35 @@ def test_dropout_is_the_formula_with_its_own_mask(monkeypatch):
         assert torch.allclose(a, b_)
 
 
-@pytest.mark.parametrize(("dropout", "expected"), [(0.1, 230 / 256), (0.5, 0.5), (0.001, 255 / 256), (0.999, 1 / 256)])
+@pytest.mark.parametrize("dropout", [0.001, 0.01, 0.999])
+def test_rates_that_bytes_can_not_hold_take_the_plain_path(dropout):
+    assert fused.keep_threshold(dropout) is None
+    layer = attach(nn.Sequential(nn.Linear(400, 8)), LoraConfig(r=2, lora_dropout=dropout, target_modules=["0"]))[0]
+    assert not layer.train()._can_fuse(torch.randn(5, 400)) and layer.eval()._can_fuse(torch.randn(5, 400))
+
+
+def doubled(module, inputs, output=None):
+    return output * 2 if output is not None else (inputs[0] * 2,)
+
+
+@pytest.mark.parametrize("listener", ["hook", "pre-hook", "forward"])
+def test_hooks_and_replaced_forwards_of_the_base_act(listener):
+    """Offloading hangs on them; a fresh adapter is the base with them, to the last bit."""
+    base = nn.Linear(7, 6)
+    if listener == "hook":
+        base.register_forward_hook(doubled)
+    elif listener == "pre-hook":
+        base.register_forward_pre_hook(doubled)
+    else:
+        original = base.forward
+        base.forward = lambda x: original(x) * 2
+    x = torch.randn(3, 7)
+    expected = base(x)
+    model = attach(nn.Sequential(base), LoraConfig(r=2, target_modules=["0"]))
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(("dropout", "expected"), [(0.1, 230 / 256), (0.5, 0.5), (0.05, 243 / 256), (0.9, 26 / 256)])
 def test_the_mask_has_the_probability_that_it_says(dropout, expected):
     """Within five standard errors, over all entries and over each of the eight bytes of a word."""
     kept, probability = fused.kept_entries(torch.empty(4000, 100), dropout)

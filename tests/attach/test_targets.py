@@ -290,3 +290,38 @@ def test_the_fast_path_of_torch_can_be_switched_off():
             assert not torch.allclose(changed, layer(x))
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("names", [{"q_proj", "v_proj"}, ("q_proj", "v_proj")], ids=["set", "tuple"])
+def test_sets_and_tuples_are_lists(names, tmp_path):
+    from rankwise.attach.checkpoint import load_adapter, save_adapter
+
+    model = attach(tiny.llama(), LoraConfig(target_modules=names, modules_to_save=("lm_head",)))
+    save_adapter(model, tmp_path / "a")
+    assert sorted(load_adapter(tiny.llama(), tmp_path / "a").rankwise_attachment.config.target_modules) == sorted(names)
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": "8"}, "r must be a positive whole number, not '8'"),
+        ({"r": 2.5}, "r must be a positive whole number, not 2.5"),
+        ({"r": True}, "r must be a positive whole number, not True"),
+        ({"lora_alpha": float("inf")}, "lora_alpha must be above 0, not inf"),
+        ({"lora_alpha": "16"}, "lora_alpha must be above 0, not '16'"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names, not 'lm_head'"),
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_type_are_one_line(options, message):
+    with pytest.raises(RequestError, match=message):
+        LoraConfig(**options)
+
+
+def test_attaching_around_or_inside_an_attached_model_is_refused():
+    model = tiny.llama()
+    attach(model.model, LoraConfig(r=2))
+    with pytest.raises(RequestError, match="a part of this LlamaForCausalLM already"):
+        attach(model, LoraConfig(r=2))
