@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from rankwise.errors import RequestError, did_you_mean
 
@@ -59,13 +60,13 @@ class LoraConfig:
                 raise RequestError(f"unknown {name} {value!r}{did_you_mean(str(value), known)}")
         ranks = {"r": self.r} | {f"rank_pattern['{pattern}']": rank for pattern, rank in self.rank_pattern.items()}
         for name, rank in ranks.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+            if type(rank) is not int or rank <= 0:  # True is no rank
                 raise RequestError(
                     f"{name} must be a positive whole number, not {rank!r}; to leave a layer out, exclude it"
                 )
         alphas = {f"alpha_pattern['{pattern}']": alpha for pattern, alpha in self.alpha_pattern.items()}
         for name, alpha in {"lora_alpha": self.lora_alpha, **alphas}.items():
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (0 < alpha < math.inf):
+            if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
                 raise RequestError(f"{name} must be above 0, not {alpha!r}: at 0 the adapter can never change anything")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise RequestError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
@@ -93,10 +94,9 @@ class LoraConfig:
         """
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
-            if isinstance(value, (set, frozenset)):
-                object.__setattr__(self, name, sorted(value))
-            elif isinstance(value, tuple):
-                object.__setattr__(self, name, list(value))
+            if type(value) in (set, frozenset, tuple):
+                items = cast("Iterable[str]", value)
+                object.__setattr__(self, name, list(items) if type(value) is tuple else sorted(items))
         if isinstance(self.modules_to_save, str):
             raise RequestError(f"modules_to_save must be a list of names, not {self.modules_to_save!r}")
 

@@ -99,8 +99,12 @@ def lora_linear(
 
     A and B are cast to the dtype of x: fp32 beside a bf16 base keeps their gradients in fp32.
     """
-    flat, down, up = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
-    kept = None
+    flat = x.reshape(-1, x.shape[-1])
+    if not torch.is_grad_enabled() and not dropout and flat.shape[0] < A.shape[0] and A.dtype != x.dtype:
+        # fewer rows than r (decoding): casting x costs less than casting A and B
+        y = F.linear(flat, weight, bias).add_(F.linear(F.linear(flat.to(A.dtype), A), B), alpha=scale)
+        return y.view(*x.shape[:-1], weight.shape[0])
+    down, up, kept = A.to(x.dtype), B.to(x.dtype), None
     if dropout:
         kept, probability = kept_entries(flat, dropout)
         scale /= probability

@@ -16,7 +16,6 @@ from rankwise.adapters.base import LowRank
 from rankwise.adapters.fused import keep_threshold, lora_linear
 from rankwise.adapters.low_rank import LowRankLayer
 
-
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where a module keeps those who listen to its calls."""
 

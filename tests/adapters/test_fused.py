@@ -123,6 +123,18 @@ def test_dropout_follows_the_seed():
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_decoding_in_bf16_is_the_formula(rows):
+    """Few rows take fp32 factors, many take bf16 ones: both within 2 % of the largest fp64 output."""
+    W, A, B = torch.randn(6, 7).bfloat16(), torch.randn(4, 7), torch.randn(6, 4)
+    x = torch.randn(1, rows, 7).bfloat16()
+    with torch.no_grad():
+        y = lora_linear(x, W, None, A, B, 0.5)
+    exact = plain(x.double(), W.double(), None, A.double(), B.double(), 0.5)
+    assert y.dtype == torch.bfloat16 and y.shape == exact.shape
+    assert (y.double() - exact).abs().max() <= 0.02 * exact.abs().max()
+
+
 def test_only_needed_gradients_are_made():
     x, W, b, A, B = parts()
     y = lora_linear(x.detach(), W, b.detach(), A, B.detach(), 1.0)
