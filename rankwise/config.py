@@ -49,7 +49,14 @@ def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
 
 
 def checked_value(value: Any, kind: Any, name: str) -> Any:
-    """`value` as type `kind` (`2e-4` that YAML reads as text becomes a float), or RequestError naming `name`."""
+    """`value` as type `kind` (`2e-4` that YAML reads as text becomes a float), or RequestError naming `name`.
+
+    Null is a value like any other: only a type with None in it takes it.
+    """
+    if value is None:  # jsonargparse takes it for "not given", whatever the type
+        if type(None) in get_args(kind):
+            return None
+        raise RequestError(f"{name} must be {_type_name(kind)}, not null")
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)

@@ -45,3 +45,14 @@ def test_a_wrong_type_is_said_in_words(name, value, words):
     with pytest.raises(RequestError) as error:
         build(Settings, {name: value}, "train")
     assert error.value.message == f"train.{name} must be {words}, not {value!r}"
+
+
+@pytest.mark.parametrize("name", ["count", "rate", "is_on", "name", "names", "pair", "ranks"])
+def test_null_is_a_wrong_type_too(name):
+    with pytest.raises(RequestError, match=f"train.{name} must be .*, not null"):
+        build(Settings, {name: None}, "train")
+
+
+@pytest.mark.parametrize("name", ["length", "rows"])
+def test_null_is_a_value_where_the_type_has_it(name):
+    assert getattr(build(Settings, {name: None}, "train"), name) is None

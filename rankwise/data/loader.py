@@ -96,7 +96,15 @@ def load_examples(paths: str | Sequence[str], tokenizer: PreTrainedTokenizerBase
     Raises: BadRows with every row that can't be used; RequestError for files that can't be read, a format that can't
         be told, a template that can't be used, or when no row has a trained token.
     """
-    rows = read_rows(paths, config.format)
+    return load_rows(read_rows(paths, config.format), paths, tokenizer, config)
+
+
+def load_rows(rows: Rows, paths: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Loaded:
+    """Examples of rows that were read from `paths` before.
+
+    Raises: BadRows with every row that can't be used; RequestError for a template that can't be used, or when no row
+        has a trained token.
+    """
     loaded, problems = encode(rows, tokenizer, config)
     if problems:
         raise BadRows(problems)

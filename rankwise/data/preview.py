@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.config import DataConfig
 from rankwise.data.loader import Example, Loaded, encode
-from rankwise.data.rows import Row, Rows, read_rows
+from rankwise.data.rows import Row, Rows, leak_warning, num_leaked, read_rows
 from rankwise.errors import counted
 
 SPLITS = ("train", "valid", "test")
@@ -34,8 +34,7 @@ def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int = 
     read = {name: read_rows(files, config.format) for name in SPLITS if (files := getattr(config, name)) is not None}
     encoded = {name: encode(found, tokenizer, config) for name, found in read.items()}
     splits = {name: _split(read[name], encoded[name][0]) for name in read}
-    seen = {row.turns for row in read["train"].rows}
-    leaks = {name: sum(row.turns in seen for row in found.rows) for name, found in read.items() if name != "train"}
+    leaks = {name: num_leaked(found, read["train"]) for name, found in read.items() if name != "train"}
     for name, count in leaks.items():
         splits[name]["leaks"] = count
     loaded = encoded["train"][0]
@@ -84,9 +83,7 @@ def _warnings(
     for name, split in splits.items():
         if split["duplicates"]:
             texts.append(f"{name}: {counted(split['duplicates'], 'row')} equal to an earlier row")
-    return texts + [
-        f"{name}: {counted(count, 'row')} also in the training files" for name, count in leaks.items() if count
-    ]
+    return texts + [leak_warning(name, count) for name, count in leaks.items() if count]
 
 
 def _shown(example: Example) -> dict[str, Any]:

@@ -66,6 +66,17 @@ class Rows:
     num_blank: int
 
 
+def num_leaked(rows: Rows, training: Rows) -> int:
+    """How many of `rows` are training rows too, compared as turns, letter by letter."""
+    seen = {row.turns for row in training.rows}
+    return sum(row.turns in seen for row in rows.rows)
+
+
+def leak_warning(split: str, count: int) -> str:
+    """What is said of leaked rows."""
+    return f"{split}: {counted(count, 'row')} also in the training files"
+
+
 def read_rows(paths: str | Sequence[str], format: str = AUTO) -> Rows:
     """Reads all files. Bad lines are in `problems`: nothing is raised for them.
 

@@ -16,6 +16,14 @@ from rankwise.evaluate.progress import progress_bar
 from rankwise.models.loss import token_losses
 
 
+class LossError(WorkError):
+    """The loss is not a number, or infinite: `loss`."""
+
+    def __init__(self, loss: float):
+        self.loss = loss
+        super().__init__(f"the loss is {loss}: the model's weights or its precision are broken; try fp32")
+
+
 @dataclass(frozen=True)
 class Likelihood:
     """`loss`: mean over all trained tokens of all examples, not a mean of means."""
@@ -42,7 +50,7 @@ def measure_loss(
 
     Packed or padded changes the speed only. Dropout is off; no gradient is kept.
 
-    Raises: RequestError when nothing is trained on, WorkError when the loss is not a number.
+    Raises: RequestError when nothing is trained on, LossError when the loss is not a number.
     """
     if batch_size < 1:
         raise RequestError(f"batch_size must be at least 1, not {batch_size}")
@@ -63,5 +71,5 @@ def measure_loss(
     if not num_tokens:
         raise RequestError(f"no token of the {len(order)} examples is trained on; check the data with `data preview`")
     if not math.isfinite(total):
-        raise WorkError(f"the loss is {total}: the model's weights or its precision are broken; try fp32")
+        raise LossError(total)
     return Likelihood(total / num_tokens, num_tokens, len(order))

@@ -52,14 +52,14 @@ def train(
     if (processes := distributed.launched_processes()) > 1:
         raise RequestError(f"training on {processes} processes is not available yet; start one, without torchrun")
     folder = RunFolder(Path(config.output))
-    folder.check(resume)
+    is_there = folder.check(resume)
     say = _silent if quiet else _say
     with contextlib.ExitStack() as held:
-        if folder.path.exists():
+        if is_there:
             held.enter_context(folder.locked())
         checkpoint = usable_checkpoint(folder, say) if resume else None
         job = prepare(config, checkpoint, say)
-        if not folder.path.exists():
+        if not is_there:
             folder.create()
             held.enter_context(folder.locked())
         return _carry_out(job, folder, on_step, quiet)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise.data.loader import Loaded, load_examples
-from rankwise.data.rows import BadRows
+from rankwise.data.loader import Loaded, load_rows
+from rankwise.data.rows import BadRows, Rows, num_leaked, read_rows
 from rankwise.data.templates import stop_token_ids
 from rankwise.errors import RequestError
 from rankwise.models.load import load_tokenizer
@@ -23,6 +23,8 @@ class RunData:
     valid: Loaded | None
     stop_ids: tuple[int, ...]
     """Tokens that end an answer in the way that the data was written."""
+    num_leaked: int = 0
+    """Validation rows that are training rows too, letter by letter."""
 
     @property
     def pad_id(self) -> int:
@@ -63,20 +65,23 @@ def load_data(run: RunConfig) -> RunData:
     """
     tokenizer = load_tokenizer(run.model)
     files = {"train": run.data.train, "valid": run.data.valid}
+    read: dict[str, Rows] = {}
     loaded: dict[str, Loaded] = {}
     problems = []
     for split, paths in files.items():
         if paths is None:
             continue
         try:
-            loaded[split] = load_examples(paths, tokenizer, run.data)
+            read[split] = read_rows(paths, run.data.format)
+            loaded[split] = load_rows(read[split], paths, tokenizer, run.data)
         except BadRows as bad:
             problems += bad.problems
     if problems:
         raise BadRows(problems)
     for split, found in loaded.items():
         check_objective(run.train.objective, split, found.format, found.why)
-    return RunData(tokenizer, loaded["train"], loaded.get("valid"), stop_token_ids(tokenizer, run.data))
+    leaked = num_leaked(read["valid"], read["train"]) if "valid" in read else 0
+    return RunData(tokenizer, loaded["train"], loaded.get("valid"), stop_token_ids(tokenizer, run.data), leaked)
 
 
 def check_objective(objective: str, split: str, format: str, why: str) -> None:

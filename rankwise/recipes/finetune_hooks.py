@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from rankwise.errors import WorkError
 from rankwise.evaluate.generate import generate_answers
-from rankwise.evaluate.perplexity import measure_loss
+from rankwise.evaluate.perplexity import LossError, measure_loss
 from rankwise.recipes.finetune_job import Job
 from rankwise.recipes.output import RunFolder
 from rankwise.train.config import Every
@@ -30,7 +31,10 @@ class _Period:
 
 
 def evaluation_hook(job: Job, folder: RunFolder, say: Say) -> Hook:
-    """Measures the loss on `data.valid` (as `valid_loss`), and generates samples. Training does not notice."""
+    """Measures the loss on `data.valid` (as `valid_loss`), and generates samples. Training does not notice.
+
+    The hook raises: WorkError when that loss is not finite, for then the step has broken the adapter.
+    """
     period = _Period(job, "evaluate_every")
     model, data, train, progress = job.model, job.data, job.run.train, job.progress
 
@@ -38,7 +42,13 @@ def evaluation_hook(job: Job, folder: RunFolder, say: Say) -> Hook:
         if data.valid is None or not period.due(step):
             return
         with untouched(model, model.device):
-            found = measure_loss(model, data.valid.examples, data.pad_id, train.micro_rows, job.run.data.packing)
+            try:
+                found = measure_loss(model, data.valid.examples, data.pad_id, train.micro_rows, job.run.data.packing)
+            except LossError as error:
+                raise WorkError(
+                    f"step {step.number}: the validation loss is {error.loss}; lower train.lr ({train.lr:g}, "
+                    f"{step.lr:g} at this step), or try train.precision=fp32 if it was bf16"
+                ) from error
             step.metrics["valid_loss"] = found.loss
             if progress.best_valid_loss is None or found.loss < progress.best_valid_loss:
                 progress.best_valid_loss = found.loss

@@ -6,8 +6,10 @@ from collections import Counter
 
 from transformers import PreTrainedModel
 
+from rankwise.adapters.layers import layer_kind
 from rankwise.attach.checkpoint import read_config
-from rankwise.attach.inject import describe, ranks
+from rankwise.attach.inject import adapter_layers, describe, ranks
+from rankwise.data.rows import leak_warning
 from rankwise.errors import counted
 from rankwise.recipes.finetune_data import RunData
 from rankwise.recipes.run import RunConfig, StartFrom
@@ -46,7 +48,25 @@ def _adapter_lines(run: RunConfig, model: PreTrainedModel) -> list[str]:
     if found["share_left_out"] > LEFT_OUT_WORTH_SAYING:
         names = ", ".join(found["largest_left_out"])
         lines.append(f"          left out: {found['share_left_out']:.0%} of the layers' weights ({names})")
-    return lines
+    return lines + _too_high_ranks(run, model)
+
+
+def _too_high_ranks(run: RunConfig, model: PreTrainedModel) -> list[str]:
+    """A warning about layers whose rank is above the smaller side of their weight, which no matrix of it can reach."""
+    found: Counter[str] = Counter()
+    for name, layer in adapter_layers(model).items():
+        kind = layer_kind(layer.base)
+        if layer.rank and kind is not None and layer.rank > (side := min(kind.matrix(layer.weight).shape)):
+            found[f"{name.rpartition('.')[2]} (rank {layer.rank}, smaller side {side})"] += 1
+    if not found:
+        return []
+    remedy = "lower adapter.r, or give them ranks of their own in adapter.rank_pattern"
+    if isinstance(run.adapter, StartFrom):
+        remedy = "a new adapter may do as well with a lower adapter.r"
+    return [
+        f"          warning: the rank of {counted(found.total(), 'layer')} is above what its weight can have, and only "
+        f"adds parameters: {', '.join(found)}; {remedy}"
+    ]
 
 
 def _data_lines(data: RunData) -> list[str]:
@@ -59,6 +79,10 @@ def _data_lines(data: RunData) -> list[str]:
     for split, part in (("train", loaded), ("valid", data.valid)):
         if part is not None:
             lines += [f"          {split}: {text}" for text in (*part.notes, *part.warnings)]
+    if data.num_leaked:
+        lines.append(
+            f"          warning: {leak_warning('valid', data.num_leaked)}; the validation loss is too good there"
+        )
     return lines
 
 

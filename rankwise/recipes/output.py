@@ -42,12 +42,15 @@ class RunFolder:
         self.run_file = path / RUN_FILE
         self.summary = path / "summary.json"
 
-    def check(self, resume: bool) -> None:
-        """Raises: RequestError when the folder exists and this is no resume, it is not a run's, or it can't be made."""
+    def check(self, resume: bool) -> bool:
+        """Whether the folder is there already: asked once, for another run may make it at any moment.
+
+        Raises: RequestError when it exists and this is no resume, it is not a run's, or it can't be made.
+        """
         if not self.path.exists():
             if (found := obstacle(self.path)) is not None:
                 raise RequestError(f"output '{self.path}' can't be made: {found}; choose another")
-            return
+            return False
         if not self.path.is_dir():
             raise RequestError(f"output '{self.path}' is a file; choose another folder")
         if not resume:
@@ -58,6 +61,7 @@ class RunFolder:
         entries = [entry.name for entry in self.path.iterdir() if entry.name != LOCK_FILE]
         if entries and RUN_FILE not in entries:
             raise RequestError(f"output '{self.path}' has no {RUN_FILE}: it is not a run's folder; choose another")
+        return True
 
     @property
     def is_finished(self) -> bool:
@@ -69,7 +73,10 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True)
         except FileExistsError:
-            raise RequestError(f"output '{self.path}' exists; choose another output, or --resume") from None
+            raise RequestError(
+                f"output '{self.path}' was not there at the start, another run made it; choose another output, or wait "
+                "for that run and go on with what is there by --resume"
+            ) from None
         except OSError as error:
             raise RequestError(f"output '{self.path}' can't be made: {error.strerror}; choose another") from error
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from rankwise.adapters.config import LoraConfig
-from rankwise.config import build, to_dict
+from rankwise.config import build, checked_value, to_dict
 from rankwise.data.config import TEMPLATE_SUFFIX, DataConfig
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
@@ -159,12 +159,10 @@ def _adapter(section: Mapping[str, Any] | None) -> LoraConfig | StartFrom:
             raise RequestError(
                 f"adapter.{others[0]} has no effect with adapter.from, whose own config is used; leave it out"
             )
-        if not isinstance(section[FROM], str):
-            raise RequestError(f"adapter.from must be an adapter's folder, not {section[FROM]!r}")
-        return StartFrom(section[FROM])
-    kind = section.get("kind", "lora")
+        return StartFrom(checked_value(section[FROM], str, f"adapter.{FROM}"))
+    kind = checked_value(section.get("kind", "lora"), str, "adapter.kind")
     if kind not in ADAPTER_KINDS:
-        raise RequestError(f"unknown adapter.kind {kind!r}{did_you_mean(str(kind), ADAPTER_KINDS)}")
+        raise RequestError(f"unknown adapter.kind {kind!r}{did_you_mean(kind, ADAPTER_KINDS)}")
     try:
         return build(ADAPTER_KINDS[kind], section, "adapter")
     except RequestError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from rankwise.cli.main import main
 from rankwise.data.rows import BadRows
@@ -148,6 +148,59 @@ def test_two_runs_into_one_folder(files: Path, straight: Path, tmp_path: Path) -
     train(settings(files, tmp_path / "out"), on_step=meanwhile, quiet=True)
     assert "exists; choose another output" in refused[0] and "in use by a run that is still going" in refused[1]
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(straight)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_appears_while_the_run_prepares_is_another_runs(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    """Two processes started together: the slower one must not train beside the quicker one."""
+    output = tmp_path / "out"
+    prepare = finetune.prepare
+
+    def slowly(*given: Any) -> Any:
+        output.mkdir()
+        (output / "run.yaml").write_text("the quicker run's")
+        return prepare(*given)
+
+    monkeypatch.setattr(finetune, "prepare", slowly)
+    with pytest.raises(RequestError, match="another run made it; choose another output") as error:
+        train(settings(files, output), resume=resume, quiet=True)
+    assert error.value.code == 2
+    assert [path.name for path in output.iterdir()] == ["run.yaml"]
+    assert (output / "run.yaml").read_text() == "the quicker run's"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_trains_only_while_it_holds_its_folder(files: Path, tmp_path: Path, resume: bool) -> None:
+    output, held = tmp_path / "out", []
+    if resume:
+        output.mkdir()
+
+    def try_it(step: Step) -> None:
+        with pytest.raises(Timeout), FileLock(output / ".lock", timeout=0):
+            pass
+        held.append(step.number)
+
+    train(settings(files, output, train={"steps": 2}), on_step=try_it, resume=resume, quiet=True)
+    assert held == [1, 2]
+
+
+def test_a_resumed_run_holds_its_folder_while_it_prepares(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it began with an empty folder: a second `--resume` is refused before it reads anything."""
+    output = tmp_path / "out"
+    output.mkdir()
+    prepare = finetune.prepare
+
+    def meanwhile(*given: Any) -> Any:
+        with pytest.raises(RequestError, match="in use by a run that is still going"):
+            train(settings(files, output), resume=True, quiet=True)
+        return prepare(*given)
+
+    monkeypatch.setattr(finetune, "prepare", meanwhile)
+    assert train(settings(files, output, train={"steps": 2}), resume=True, quiet=True)["steps"] == 2
 
 
 def test_weights_of_the_base_are_trained_in_fp32_only(files: Path, tmp_path: Path) -> None:

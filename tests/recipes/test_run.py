@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -8,7 +10,7 @@ import yaml
 from rankwise.adapters.config import LoraConfig
 from rankwise.data.config import DataConfig
 from rankwise.errors import RequestError
-from rankwise.recipes.run import RunConfig, StartFrom, read_run, run_document, run_yaml
+from rankwise.recipes.run import SECTIONS, RunConfig, StartFrom, read_run, run_document, run_yaml
 
 RUN_FILE = """
 model: {name: demo, device: cpu}
@@ -205,3 +207,23 @@ def test_a_missing_run_file(tmp_path: Path) -> None:
         read_run(tmp_path / "gone.yaml")
     with pytest.raises(RequestError, match="is a folder"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", [f"{section}.{item.name}" for section in SECTIONS for item in fields(SECTIONS[section])]
+)
+def test_null_is_taken_only_where_the_type_has_it(name: str) -> None:
+    """`train.lr=` is null in YAML."""
+    section, _, field = name.partition(".")
+    document = {"data": {"train": "rows.jsonl"}}
+    if type(None) in get_args(get_type_hints(SECTIONS[section])[field]):
+        read_run(document, [f"{name}="])
+        return
+    with pytest.raises(RequestError) as error:
+        read_run(document, [f"{name}="])
+    assert error.value.message.startswith(f"{name} must be ") and error.value.message.endswith(", not null")
+
+
+def test_null_is_no_adapters_folder() -> None:
+    with pytest.raises(RequestError, match=r"adapter\.from must be text, not null"):
+        read_run({"data": {"train": "rows.jsonl"}, "adapter": {"from": None}})
