@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from rankwise.data.loader import Example
+from rankwise.data.example import Example
 from rankwise.models.batch import IGNORED, Batch
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.config import DataConfig
-from rankwise.data.loader import Example, Loaded, encode
+from rankwise.data.example import Example, Loaded
+from rankwise.data.loader import encode
 from rankwise.data.rows import Row, Rows, leak_warning, num_leaked, read_rows
 from rankwise.errors import counted
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from rankwise.data.loader import Example
+from rankwise.data.example import Example
 from rankwise.data.packing import collate
 from rankwise.errors import RequestError, WorkError
 from rankwise.evaluate.progress import progress_bar

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.attach.inject import disabled
 from rankwise.data.config import DataConfig
-from rankwise.data.loader import Example, Loaded, load_examples
+from rankwise.data.example import Example, Loaded
+from rankwise.data.loader import load_examples
 from rankwise.data.templates import stop_token_ids
 from rankwise.errors import RequestError
 from rankwise.evaluate.answers import LOSS_METRICS, METRICS, check_metrics, score

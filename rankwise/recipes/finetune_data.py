@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise.data.loader import Loaded, load_rows
+from rankwise.data.example import Loaded
+from rankwise.data.loader import load_rows
 from rankwise.data.rows import BadRows, Rows, num_leaked, read_rows
 from rankwise.data.templates import stop_token_ids
 from rankwise.errors import RequestError

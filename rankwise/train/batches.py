@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from rankwise import distributed
-from rankwise.data.loader import Example
+from rankwise.data.example import Example
 from rankwise.data.packing import collate, epoch_order
 from rankwise.models.batch import Batch
 

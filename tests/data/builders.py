@@ -10,8 +10,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from rankwise.data.config import DataConfig
+from rankwise.data.example import Example
 from rankwise.data.formats import Turn
-from rankwise.data.loader import Example, load_examples
+from rankwise.data.loader import load_examples
 from tests import tiny
 
 FIXTURES = Path(__file__).parent / "fixtures"

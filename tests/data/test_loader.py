@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from rankwise.data.config import DataConfig
+from rankwise.data.encoder import Prompts
 from rankwise.data.formats import FORMATS
-from rankwise.data.loader import load_examples, shared_instruction
+from rankwise.data.loader import load_examples
 from rankwise.data.rows import BadRows
 from rankwise.data.templates import stop_token_ids
 from rankwise.errors import RequestError
@@ -104,11 +105,13 @@ def test_blank_lines_are_stated(tmp_path):
         (["Translate: dog", "Translate: "], ""),
         (["Translate: dog", "Translate: dog"], ""),
         (["Translate: dog"], ""),
-        ([], ""),
     ],
 )
 def test_the_shared_instruction(prompts, shared):
-    assert shared_instruction(prompts) == shared
+    found = Prompts.of(prompts[0])
+    for prompt in prompts[1:]:
+        found.add(Prompts.of(prompt))
+    assert found.instruction == shared
 
 
 def test_the_instruction_is_that_of_each_file(tmp_path):

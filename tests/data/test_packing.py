@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rankwise.data.loader import Example
+from rankwise.data.example import Example
 from rankwise.data.packing import batches_of, collate, epoch_order
 
 LENGTHS = (5, 2, 9, 3)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rankwise.data.loader import Example
+from rankwise.data.example import Example
 from rankwise.errors import RequestError, WorkError
 from rankwise.evaluate.perplexity import Likelihood, measure_loss
 from tests import tiny

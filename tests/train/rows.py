@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from rankwise.data.loader import Example
+from rankwise.data.example import Example
 from rankwise.models.batch import IGNORED
 
 

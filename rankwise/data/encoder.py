@@ -1,0 +1,242 @@
+"""Rows to examples: token ids, the labels that are trained on, and what evaluation needs of the last answer.
+
+The whole text is tokenised once, with offsets; a token is trained on if it begins inside a trained span. A token that
+begins before the span and reaches into it (a line break of the header merged with one of the answer) is not, and is
+counted. A row longer than `max_length` keeps its beginning; one that has no trained token left is dropped and counted.
+
+Rows are encoded a chunk at a time, each chunk by itself: what is known only of all of them (what the prompts of a file
+share) is put together afterwards, from what each chunk says of it. So chunks may be encoded anywhere, in any number of
+processes, and memory does not grow with the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rankwise.data.chat_template import first_difference, special_tokens
+from rankwise.data.config import DataConfig
+from rankwise.data.example import Example
+from rankwise.data.formats import ASSISTANT, TEXT, USER, RowError, Turns
+from rankwise.data.plain_template import Rendered, Span, Template
+from rankwise.data.rows import Problem, Row
+from rankwise.data.templates import template_for, text_template
+from rankwise.errors import RequestError
+from rankwise.models.batch import IGNORED
+
+
+@dataclass
+class Counts:
+    """Rows read, cut, emptied, with a token across the answer's beginning, another prompt, special tokens."""
+
+    rows: int = 0
+    truncated: int = 0
+    emptied: int = 0
+    merged: int = 0
+    apart: int = 0
+    special: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Adds another count's figures to these."""
+        total = [a + b for a, b in zip(astuple(self), astuple(other), strict=True)]
+        self.rows, self.truncated, self.emptied, self.merged, self.apart, self.special = total
+
+
+@dataclass
+class Prompts:
+    """What is kept of a file's prompts to know what all begin with: the first and last in order, the shortest length.
+
+    The longest beginning common to the first and the last is common to all that lie between.
+    """
+
+    first: str
+    last: str
+    shortest: int
+    """Characters of the shortest prompt, white space at its end not counted."""
+
+    @classmethod
+    def of(cls, prompt: str) -> Prompts:
+        """Of one prompt."""
+        return cls(prompt, prompt, len(prompt.rstrip()))
+
+    def add(self, other: Prompts) -> None:
+        """Adds prompts that were seen elsewhere."""
+        self.first, self.last = min(self.first, other.first), max(self.last, other.last)
+        self.shortest = min(self.shortest, other.shortest)
+
+    @property
+    def instruction(self) -> str:
+        """What all prompts begin with, up to a colon and blank or a line break ("Rewrite in modern English: ").
+
+        The longest beginning common to all of them, cut after its last ": " or line break; "" when there are not two
+        different prompts, or one of them would have nothing left.
+        """
+        if self.first == self.last:
+            return ""
+        common = self.first[: first_difference(self.first, self.last)]
+        end = max(common.rfind(": ") + len(": ") if ": " in common else 0, common.rfind("\n") + 1)
+        return common[:end] if self.shortest > end else ""
+
+
+@dataclass
+class Chunk:
+    """Some rows, encoded. `examples` lack their `source`, for which all prompts of their file must be known."""
+
+    examples: list[Example] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    prompts: dict[str, Prompts] = field(default_factory=dict)
+    """By file."""
+    notes: tuple[str, ...] = ()
+    problems: list[Problem] = field(default_factory=list)
+
+
+class Encoder:
+    """Encodes chunks of rows.
+
+    Args:
+        tokenizer: a fast one.
+        config: the run's data section.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        self._templates: dict[bool, Template] = {}
+        self._specials = special_tokens(tokenizer)
+
+    def encode(self, rows: Sequence[Row]) -> Chunk:
+        """Examples of the rows that can be used, in their order, and the problems of the others.
+
+        Raises: RequestError for a template that can't be used.
+        """
+        chunk = Chunk()
+        written = self._render(rows, chunk)
+        if not written:
+            return chunk
+        texts = self.tokenizer(
+            [item.rendered.text for item in written],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        prompts = self.tokenizer(
+            [item.rendered.prompt for item in written],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        parts = zip(written, texts["input_ids"], texts["offset_mapping"], prompts, strict=True)
+        for item, ids, offsets, prompt in parts:
+            encoded = _encoded(ids, np.array(offsets, dtype=np.int64).reshape(-1, 2), item, self.config.max_length)
+            example = _example(item, encoded, prompt)
+            if example.num_trained:
+                chunk.examples.append(example)
+            is_apart = item.rendered.prompt_fits and not encoded.is_merged and ids[: len(prompt)] != prompt
+            has_special = any(token in turn.content for turn in item.row.turns for token in self._specials)
+            chunk.counts.add(
+                Counts(1, encoded.was_cut, example.num_trained == 0, encoded.is_merged, is_apart, has_special)
+            )
+            _note_prompt(chunk.prompts, example)
+        return chunk
+
+    def _render(self, rows: Sequence[Row], chunk: Chunk) -> list[_Written]:
+        """Each row as text; rows that their template refuses are problems of the chunk, as are the templates' notes."""
+        written: list[_Written] = []
+        used: dict[bool, Template] = {}
+        for row in rows:
+            is_text = row.turns[0].role == TEXT
+            if is_text not in self._templates:
+                self._templates[is_text] = (text_template if is_text else template_for)(self.tokenizer, self.config)
+            template = used[is_text] = self._templates[is_text]
+            try:
+                written.append(_Written(row, template.render(row.turns), template.prefix_ids))
+            except RowError as reason:
+                chunk.problems.append(Problem(row.file, row.line, str(reason)))
+            except RequestError as error:
+                raise RequestError(f"{row.file}:{row.line}: {error}") from None
+        chunk.notes = tuple(note for template in used.values() for note in template.notes)
+        return written
+
+
+def _note_prompt(prompts: dict[str, Prompts], example: Example) -> None:
+    found = Prompts.of(example.prompt_text)
+    if example.file in prompts:
+        prompts[example.file].add(found)
+    else:
+        prompts[example.file] = found
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A row as text. `prefix_ids`: tokens in front of it."""
+
+    row: Row
+    rendered: Rendered
+    prefix_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Tokens and labels of one text, cut to length."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    text: str
+    spans: tuple[Span, ...]
+    was_cut: bool
+    is_merged: bool
+
+
+def _encoded(ids: Sequence[int], offsets: np.ndarray, item: _Written, max_length: int) -> _Encoded:
+    """Labels from the trained spans. `offsets`: [num_tokens, 2] characters of the text."""
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    trained = np.zeros(len(ids), dtype=bool)
+    is_merged = False
+    for start, end in item.rendered.spans:
+        trained |= (starts >= start) & (starts < end)
+        is_merged |= bool(((starts < start) & (ends > start)).any())
+    prefix, text = item.prefix_ids, item.rendered.text
+    kept = max_length - len(prefix)
+    was_cut = len(ids) > kept
+    if was_cut:
+        text = text[: int(ends[kept - 1])]
+    trained = trained[:kept]
+    labels = np.where(trained, np.array(ids[:kept], dtype=np.int64), IGNORED)
+    edges = np.flatnonzero(np.diff(trained, prepend=False, append=False))
+    spans = tuple(
+        (int(starts[first]), min(int(ends[last - 1]), len(text)))
+        for first, last in zip(edges[::2], edges[1::2], strict=True)
+    )
+    return _Encoded(
+        ids=(*prefix, *ids[:kept]),
+        labels=(*(IGNORED for _ in prefix), *labels.tolist()),
+        text=text,
+        spans=spans,
+        was_cut=was_cut,
+        is_merged=is_merged,
+    )
+
+
+def _example(item: _Written, encoded: _Encoded, prompt: Sequence[int]) -> Example:
+    row = item.row
+    return Example(
+        input_ids=encoded.ids,
+        labels=encoded.labels,
+        text=encoded.text,
+        spans=encoded.spans,
+        prompt_ids=() if row.turns[0].role == TEXT else (*item.prefix_ids, *prompt),
+        prompt_text=_last(row.turns, USER),
+        answer=_last(row.turns, ASSISTANT),
+        file=row.file,
+        line=row.line,
+    )
+
+
+def _last(turns: Turns, role: str) -> str:
+    """The content of the last turn of that role, "" if there is none."""
+    return next((turn.content for turn in reversed(turns) if turn.role == role), "")

@@ -1,0 +1,62 @@
+"""What loading gives: examples, ready for training and evaluation, and what became of the rows they were made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from rankwise.data.plain_template import Span
+from rankwise.models.batch import IGNORED
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, ready for training and evaluation.
+
+    Args:
+        input_ids: the tokens, at most `max_length`.
+        labels: of the same length: a token's own id where it is trained on, else IGNORED.
+        text: what the tokens say (cut where they were cut).
+        spans: the trained [start, end) characters of `text`, as the labels have them.
+        prompt_ids: from which the last answer is generated; empty for rows of plain text. Never cut.
+        prompt_text: the last user turn as written.
+        answer: the last answer as written.
+        source: what the baseline `copy` answers: `prompt_text` without the file's shared instruction.
+        file, line: where the row stands.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    text: str
+    spans: tuple[Span, ...]
+    prompt_ids: tuple[int, ...]
+    prompt_text: str
+    answer: str
+    source: str = ""
+    file: str = ""
+    line: int = 0
+
+    @property
+    def num_trained(self) -> int:
+        """Labels that an earlier token predicts: the first position's does not count."""
+        return sum(label != IGNORED for label in islice(self.labels, 1, None))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Examples, and what became of the rows.
+
+    `format`, `why`: the formats found, and by what; `num_rows`: rows read; `num_truncated`: rows that were longer than
+    `max_length`; `num_emptied`: those of them that lost every trained token and were dropped; `notes`: choices made for
+    the user; `warnings`: what is probably a mistake.
+    """
+
+    examples: Sequence[Example]
+    format: str
+    why: str
+    num_rows: int
+    num_truncated: int
+    num_emptied: int = 0
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
