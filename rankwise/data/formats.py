@@ -18,24 +18,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rankwise.data.fields import (
+    ASSISTANT,
+    SYSTEM,
+    TEXT,
+    USER,
+    RowError,
+    Turn,
+    Turns,
+    filled,
+    optional,
+    string,
+    type_name,
+)
 from rankwise.errors import RequestError, counted, did_you_mean
-
-SYSTEM, USER, ASSISTANT, TEXT = "system", "user", "assistant", "text"
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message. `role`: system, user or assistant; or text, for a row that is text and nothing else."""
-
-    role: str
-    content: str
-
-
-Turns = tuple[Turn, ...]
-
-
-class RowError(Exception):
-    """Why a row can't be used; it becomes a Problem with file and line."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +57,12 @@ def from_messages(row: Mapping[str, Any]) -> Turns:
 
 def from_prompt_completion(row: Mapping[str, Any]) -> Turns:
     """`{"prompt": "...", "completion": "..."}`."""
-    return Turn(USER, _filled(row, "prompt")), Turn(ASSISTANT, _filled(row, "completion"))
+    return Turn(USER, filled(row, "prompt")), Turn(ASSISTANT, filled(row, "completion"))
 
 
 def from_text(row: Mapping[str, Any]) -> Turns:
     """`{"text": "..."}`."""
-    return (Turn(TEXT, _filled(row, "text")),)
+    return (Turn(TEXT, filled(row, "text")),)
 
 
 def from_alpaca(row: Mapping[str, Any]) -> Turns:
@@ -76,11 +72,11 @@ def from_alpaca(row: Mapping[str, Any]) -> Turns:
     """
     if row.get("history"):
         raise RowError("history is not read; write earlier turns as messages")
-    instruction, extra = _string(row, "instruction"), _optional(row, "input")
+    instruction, extra = string(row, "instruction"), optional(row, "input")
     request = "\n\n".join(part for part in (instruction, extra) if part.strip())
     if not request:
         raise RowError("instruction is empty")
-    return *_leading_system(row), Turn(USER, request), Turn(ASSISTANT, _filled(row, "output"))
+    return *_leading_system(row), Turn(USER, request), Turn(ASSISTANT, filled(row, "output"))
 
 
 def from_sharegpt(row: Mapping[str, Any]) -> Turns:
@@ -150,37 +146,8 @@ def _shown(pair: tuple[int, Mapping[str, Any]]) -> tuple[int, str]:
     return line, f"the keys {', '.join(row)}" if row else "no keys"
 
 
-def type_name(value: Any) -> str:
-    """A JSON value's type in words, with its article."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return names[type(value)]
-
-
-def _string(row: Mapping[str, Any], key: str, shown: str | None = None) -> str:
-    shown = shown or key
-    if key not in row:
-        raise RowError(f"{shown} is missing")
-    value = row[key]
-    if not isinstance(value, str):
-        raise RowError(f"{shown} is {type_name(value)}, must be a string")
-    return value
-
-
-def _filled(row: Mapping[str, Any], key: str, shown: str | None = None) -> str:
-    value = _string(row, key, shown)
-    if not value.strip():
-        raise RowError(f"{shown or key} is empty")
-    return value
-
-
-def _optional(row: Mapping[str, Any], key: str) -> str:
-    return "" if row.get(key) is None else _string(row, key)
-
-
 def _leading_system(row: Mapping[str, Any]) -> Turns:
-    system = _optional(row, SYSTEM)
+    system = optional(row, SYSTEM)
     return (Turn(SYSTEM, system),) if system.strip() else ()
 
 
@@ -203,7 +170,7 @@ def _turn(item: Any, shown: str, names: tuple[str, str, Mapping[str, str]]) -> T
     role_key, content_key, roles = names
     if role_key not in item and "role" in item:
         role_key, content_key, roles = _MESSAGE_KEYS
-    name = _string(item, role_key, f"{shown}.{role_key}")
+    name = string(item, role_key, f"{shown}.{role_key}")
     if name not in roles:
         raise RowError(f"{shown}.{role_key} is '{name}'{did_you_mean(name, roles)}")
     for key in _UNREAD:
@@ -211,8 +178,8 @@ def _turn(item: Any, shown: str, names: tuple[str, str, Mapping[str, str]]) -> T
             raise RowError(f"{shown}.{key} is not read; remove it, or write it as text")
     shown_content = f"{shown}.{content_key}"
     if roles[name] == SYSTEM:
-        return Turn(SYSTEM, _string(item, content_key, shown_content))
-    return Turn(roles[name], _filled(item, content_key, shown_content))
+        return Turn(SYSTEM, string(item, content_key, shown_content))
+    return Turn(roles[name], filled(item, content_key, shown_content))
 
 
 def _checked(turns: Turns, key: str) -> Turns:

@@ -1,0 +1,56 @@
+"""What the readers of rows share: turns, the fields of a JSON object, and why a row can't be used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SYSTEM, USER, ASSISTANT, TEXT = "system", "user", "assistant", "text"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. `role`: system, user or assistant; or text, for a row that is text and nothing else."""
+
+    role: str
+    content: str
+
+
+Turns = tuple[Turn, ...]
+
+
+class RowError(Exception):
+    """Why a row can't be used; it becomes a Problem with file and line."""
+
+
+def type_name(value: Any) -> str:
+    """A JSON value's type in words, with its article."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return names[type(value)]
+
+
+def string(row: Mapping[str, Any], key: str, shown: str | None = None) -> str:
+    """The text in `key`, which messages call `shown`. Raises: RowError for anything else."""
+    shown = shown or key
+    if key not in row:
+        raise RowError(f"{shown} is missing")
+    value = row[key]
+    if not isinstance(value, str):
+        raise RowError(f"{shown} is {type_name(value)}, must be a string")
+    return value
+
+
+def filled(row: Mapping[str, Any], key: str, shown: str | None = None) -> str:
+    """As `string`. Raises: RowError for white space too."""
+    value = string(row, key, shown)
+    if not value.strip():
+        raise RowError(f"{shown or key} is empty")
+    return value
+
+
+def optional(row: Mapping[str, Any], key: str) -> str:
+    """As `string`, with "" for what is absent or null."""
+    return "" if row.get(key) is None else string(row, key)
