@@ -1,22 +1,18 @@
 """Cross entropy of the trained positions only, without ever holding the logits of a batch.
 
 The backbone runs on the whole batch; only the rows of its hidden states that predict a label go through the output
-head, CHUNK_ROWS at a time. For a frozen plain linear head the gradient with respect to the hidden states is computed in
-the forward pass (as in Liger Kernel, Hsu et al. 2024, arXiv 2410.10989): the loss of a row depends on that row alone:
+head, a chunk at a time (`head_loss`). What the model makes of its head's scores, a scale (Cohere, Granite) or a soft
+cap (Gemma 2), is read from its configuration and believed only when it reproduces the model's logits and loss on the
+first batch. A model for which it does not takes the plain path through its own logits, and a warning says why.
 
-    d loss_i / d h_i = (softmax(h_i W^T + b) - onehot(y_i)) W
-
-so that one [n, H] tensor is kept instead of [n, V]. Other heads (trained, or wrapped by an adapter) are recomputed
-chunk by chunk in the backward pass. A model whose logits are more than its head's output (soft cap, scale) is noticed
-on the first batch and takes the plain path through its own logits.
-
-Legend: B rows, T positions, H hidden size, V vocabulary, n trained positions, C rows of a chunk.
-Not here: label smoothing, z-loss, encoder-decoder models.
+Legend: B rows, T positions, H hidden size, V vocabulary, n trained positions, E examples.
+Not here: encoder-decoder models.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -24,42 +20,53 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rankwise.models.attention import forward_inputs
 from rankwise.models.batch import IGNORED, Batch
+from rankwise.models.head_loss import AS_IT_IS, CROSS_ENTROPY, LogitMap, LossTerms, head_losses, logit_losses
 from rankwise.models.probing import backbone, takes, undisturbed
-
-CHUNK_ROWS = 256
-"""Rows of the head at a time: large enough for the matrix units, and 48 MiB of float32 for a vocabulary of 49,152."""
 
 LossPath = Literal["chunked", "plain"]
 
-_PATHS: WeakKeyDictionary[PreTrainedModel, LossPath] = WeakKeyDictionary()
+CHECKED_TOKENS = 16
+"""Tokens of the first batch on which a model's head is looked at."""
+
 _log = logging.getLogger(__name__)
 
 
-def token_losses(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " n"]:
-    """Cross entropy of each trained position, in nats, in reading order; float32 (float64 for float64 models).
+@dataclass(frozen=True)
+class _Way:
+    """How a model's losses are computed."""
 
-    A trained position is one whose label is not IGNORED and which has a position before it to predict it.
+    path: LossPath
+    logit_map: LogitMap = AS_IT_IS
+
+
+_WAYS: WeakKeyDictionary[PreTrainedModel, _Way] = WeakKeyDictionary()
+
+
+def token_losses(model: PreTrainedModel, batch: Batch, terms: LossTerms = CROSS_ENTROPY) -> Float[Tensor, " n"]:
+    """The loss of each trained position, in nats, in reading order; float32 (float64 for float64 models).
+
+    A trained position is one whose label is not IGNORED and which has a position before it to predict it. Without
+    `terms` the loss is the plain cross entropy.
 
     Raises: RequestError when the batch is packed and the model cannot keep samples apart.
     """
     trained = batch.labels[:, 1:] != IGNORED
     targets = batch.labels[:, 1:][trained]
     inputs = forward_inputs(batch, model)
-    if loss_path(model, batch) == "plain":
-        return _plain_losses(model, inputs, trained, targets)
+    way = _way(model, batch)
+    if way.path == "plain":
+        return _plain_losses(model, inputs, trained, targets, terms)
     hidden: Tensor = backbone(model)(**inputs)[0]
     predicting = F.pad(trained, (0, 1)).flatten().nonzero().squeeze(1)
     # Two-dimensional and contiguous: a frozen head copies itself for every row of a strided three-dimensional slice.
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predicting)
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Module)
-    return head_losses(head, rows, targets)
+    return head_losses(head, rows, targets, terms, way.logit_map)
 
 
 def example_losses(model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, " E"], Int64[Tensor, " E"]]:
@@ -70,80 +77,8 @@ def example_losses(model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, 
     return sums, torch.bincount(owner, minlength=batch.num_examples)
 
 
-def head_losses(head: nn.Module, rows: Float[Tensor, "n H"], targets: Int64[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Cross entropy of `targets` under `head(rows)`, by the cheapest exact way for this head."""
-    if is_frozen_linear(head):
-        assert isinstance(head, nn.Linear)
-        return _FrozenHeadLoss.apply(rows, head.weight, head.bias, targets)  # type: ignore[no-any-return]
-    if rows.shape[0] == 0:
-        return _cross_entropy(head(rows), targets)
-    losses = []
-    for some_rows, some_targets in zip(rows.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
-        if torch.is_grad_enabled():
-            losses.append(checkpoint(_head_chunk, head, some_rows, some_targets, use_reentrant=False))
-        else:
-            losses.append(_head_chunk(head, some_rows, some_targets))
-    return torch.cat(losses)
-
-
-def is_frozen_linear(head: nn.Module) -> bool:
-    """Whether the head is a plain linear layer that nobody trains or listens to."""
-    return (
-        type(head) is nn.Linear
-        and not any(parameter.requires_grad for parameter in head.parameters())
-        and not head._forward_hooks
-        and not head._forward_pre_hooks
-    )
-
-
-def _head_chunk(head: nn.Module, rows: Float[Tensor, "C H"], targets: Int64[Tensor, " C"]) -> Float[Tensor, " C"]:
-    return _cross_entropy(head(rows), targets)
-
-
-def _cross_entropy(logits: Float[Tensor, "C V"], targets: Int64[Tensor, " C"]) -> Float[Tensor, " C"]:
-    return F.cross_entropy(logits.to(_wide(logits.dtype)), targets, reduction="none")
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class _FrozenHeadLoss(torch.autograd.Function):
-    """Losses [n] of rows [n, H] under a frozen linear head (weight [V, H], bias [V] or None).
-
-    The softmax is computed in float32. The kept gradient has the rows' dtype: autograd through the head would round it
-    to that dtype in the same place, before the backbone sees it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        needs_gradient = ctx.needs_input_grad[0]
-        losses = rows.new_empty(rows.shape[0], dtype=_wide(rows.dtype))
-        gradient = torch.empty_like(rows) if needs_gradient else None
-        for start in range(0, rows.shape[0], CHUNK_ROWS):
-            chunk = slice(start, start + CHUNK_ROWS)
-            own = targets[chunk, None]
-            scores = F.linear(rows[chunk], weight, bias).to(losses.dtype)
-            normaliser = scores.logsumexp(dim=-1, keepdim=True)
-            losses[chunk] = (normaliser - scores.gather(1, own)).squeeze(1)
-            if gradient is not None:
-                shares = scores.sub_(normaliser).exp_()
-                shares.scatter_add_(1, own, shares.new_full(own.shape, -1.0))
-                gradient[chunk] = shares.to(weight.dtype) @ weight
-        ctx.save_for_backward(gradient)
-        return losses
-
-    @staticmethod
-    @once_differentiable  # which hides the argument names from the type checker
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, upstream: Tensor
-    ) -> tuple[Tensor | None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (None if gradient is None else (gradient * upstream[:, None]).to(gradient.dtype)), None, None, None
-
-
 def _plain_losses(
-    model: PreTrainedModel, inputs: dict[str, Any], trained: Tensor, targets: Int64[Tensor, " n"]
+    model: PreTrainedModel, inputs: dict[str, Any], trained: Tensor, targets: Int64[Tensor, " n"], terms: LossTerms
 ) -> Float[Tensor, " n"]:
     """Through the model's own logits, of the columns that some row needs where the model can leave out the others."""
     columns = trained.any(dim=0).nonzero().squeeze(1)
@@ -151,48 +86,107 @@ def _plain_losses(
         logits: Tensor = model(**inputs, logits_to_keep=columns).logits
     else:
         logits = model(**inputs).logits.index_select(1, columns)
-    return _cross_entropy(logits[trained.index_select(1, columns)], targets)
+    return logit_losses(logits[trained.index_select(1, columns)], targets, terms)
 
 
 def loss_path(model: PreTrainedModel, batch: Batch) -> LossPath:
     """How this model's losses are computed, decided once, on the first tokens of the first batch."""
-    path = _PATHS.get(model)
-    if path is None:
-        reason = _more_than_its_head(model, batch.input_ids[:1, :16])
-        path = "chunked" if reason is None else "plain"
-        if reason is not None:
+    return _way(model, batch).path
+
+
+def _way(model: PreTrainedModel, batch: Batch) -> _Way:
+    way = _WAYS.get(model)
+    if way is None:
+        try:
+            way = _Way("chunked", _checked_map(model, batch.input_ids[:1, :CHECKED_TOKENS]))
+        except _PlainPath as reason:
             _log.warning(
                 "%s: %s, so the loss goes through the model's own logits; it needs more memory",
                 type(model).__name__, reason,
             )  # fmt: skip
-        _PATHS[model] = path
-    return path
+            way = _Way("plain")
+        _WAYS[model] = way
+    return way
 
 
-def _more_than_its_head(model: PreTrainedModel, ids: Int64[Tensor, "1 T"]) -> str | None:
-    """Why `head(backbone(ids))` is not the model's logits, or None when it is, to the last bit of one forward pass."""
+class _PlainPath(Exception):  # noqa: N818 (a verdict with its reason, not an error)
+    """Why the chunked loss is not this model's."""
+
+
+def _checked_map(model: PreTrainedModel, ids: Int64[Tensor, "1 T"]) -> LogitMap:
+    """What the model makes of `head(backbone(ids))`, proven on one forward pass: its logits, and its own loss.
+
+    Raises: _PlainPath with the reason when neither nothing, nor a scale, nor a soft cap explains the logits.
+    """
     head, body = model.get_output_embeddings(), backbone(model)
     if not isinstance(head, nn.Module) or body is model:
-        return "its backbone and output head cannot be told apart"
+        raise _PlainPath("its backbone and output head cannot be told apart")
     seen: dict[str, Tensor] = {}
 
     def at_backbone(module: nn.Module, arguments: Any, output: Any) -> None:
         seen["hidden"] = output[0]
 
     def at_head(module: nn.Module, arguments: Any, output: Any) -> None:
-        seen["head_input"], seen["head_output"] = arguments[0], output
+        seen["head_input"], seen["scores"] = arguments[0], output
 
     hooks = [body.register_forward_hook(at_backbone), head.register_forward_hook(at_head)]
     try:
         with undisturbed(model):
-            logits = model(input_ids=ids).logits
+            output = model(input_ids=ids, **({"labels": ids} if takes(model, "labels") else {}))
     finally:
         for hook in hooks:
             hook.remove()
-    if seen.keys() != {"hidden", "head_input", "head_output"}:
-        return "its logits do not come from its output head"
+    if seen.keys() != {"hidden", "head_input", "scores"}:
+        raise _PlainPath("its logits do not come from its output head")
     if seen["head_input"].shape != seen["hidden"].shape or not torch.equal(seen["head_input"], seen["hidden"]):
-        return "it changes the hidden states before the output head"
-    if seen["head_output"].shape != logits.shape or not torch.equal(seen["head_output"].to(logits.dtype), logits):
-        return "it changes the output head's logits (a soft cap or a scale)"
-    return None
+        raise _PlainPath("it changes the hidden states before the output head")
+    logit_map = _map_between(model, seen["scores"], output.logits)
+    if ids.shape[1] > 1 and output.loss is not None:
+        with undisturbed(model):
+            found = head_losses(head, seen["hidden"][0, :-1], ids[0, 1:], CROSS_ENTROPY, logit_map).mean()
+        _check_loss(model, float(found), float(output.loss), output.logits[0, :-1], ids[0, 1:])
+    return logit_map
+
+
+def _map_between(model: PreTrainedModel, scores: Float[Tensor, "1 T V"], logits: Float[Tensor, "1 T V"]) -> LogitMap:
+    """The map from the head's scores to the logits. Raises: _PlainPath when it is none that we have."""
+    if scores.shape == logits.shape:
+        if torch.equal(scores.to(logits.dtype), logits):
+            return AS_IT_IS
+        settings = vars(model.config.get_text_config())
+        for logit_map in _maps(settings):
+            # the model may round after each of three operations, we do so once
+            bound = 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
+            if float((logit_map(scores.float()) - logits.float()).abs().max()) <= bound:
+                return logit_map
+    raise _PlainPath("it changes the output head's logits, and not by a scale or soft cap of its configuration")
+
+
+def _maps(settings: dict[str, Any]) -> list[LogitMap]:
+    """What a configuration may mean, by the names that families use; Granite divides where HyperCLOVA X multiplies."""
+    numbers = {name: float(value) for name, value in settings.items() if type(value) in (int, float) and value > 0}
+    scales = [numbers[name] for name in ("logit_scale", "logits_scaling", "lm_head_multiplier") if name in numbers]
+    if "logits_scaling" in numbers:
+        scales.append(1.0 / numbers["logits_scaling"])
+    cap = numbers.get("final_logit_softcapping")
+    capped = [LogitMap(scale, cap) for scale in (1.0, *scales)] if cap is not None else []
+    return [*capped, *(LogitMap(scale) for scale in scales)]
+
+
+def _check_loss(
+    model: PreTrainedModel, found: float, own: float, logits: Float[Tensor, "T V"], targets: Int64[Tensor, " T"]
+) -> None:
+    """Compares the chunked loss with the model's own; a model whose loss has more in it (a router's balance) is named.
+
+    Raises: _PlainPath when the chunked loss is not that of the model's logits.
+    """
+    plain = float(logit_losses(logits, targets).mean())
+    bound = max(1e-4, 2 * torch.finfo(logits.dtype).eps) * max(1.0, abs(plain))
+    if not abs(found - plain) <= bound:
+        raise _PlainPath(f"its chunked loss is {found:.6g} where its logits give {plain:.6g}")
+    if not abs(own - plain) <= bound:
+        _log.warning(
+            "%s: its own loss (%.6g on the first tokens) is not the cross entropy of its logits (%.6g), which is what "
+            "is trained on and measured here",
+            type(model).__name__, own, plain,
+        )  # fmt: skip

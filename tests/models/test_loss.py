@@ -4,69 +4,42 @@ import logging
 
 import pytest
 import torch
-from torch import nn
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rankwise.models import head_loss as head_loss_module
 from rankwise.models import loss as loss_module
-from rankwise.models.loss import CHUNK_ROWS, example_losses, head_losses, is_frozen_linear, loss_path, token_losses
+from rankwise.models.head_loss import CHUNK_ROWS, CROSS_ENTROPY, LogitMap, LossTerms, logit_losses
+from rankwise.models.loss import example_losses, loss_path, token_losses
 from tests import tiny
 from tests.models.batches import packed, padded, rows_of
+from tests.models.test_head_loss import Wrapped
 
 LENGTHS = (19, 5, 1, 12)
-PLAIN = {"gemma2", "cohere"}
+BOTH = LossTerms(label_smoothing=0.1, z_loss=0.01)
+LOGGER = "rankwise.models.loss"
 
 
-class Wrapped(nn.Module):
-    """A head as an adapter wraps it: the frozen base, a low-rank change, and the base's weight under its old name."""
+class Shifted(transformers.LlamaForCausalLM):
+    """Does to its logits what no scale or soft cap explains."""
 
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        self.a = nn.Parameter(torch.randn(4, base.in_features) * 0.1)
-        self.b = nn.Parameter(torch.randn(base.out_features, 4) * 0.1)
+    def forward(self, input_ids=None, labels=None, logits_to_keep=0, **options):
+        output = super().forward(input_ids=input_ids, logits_to_keep=logits_to_keep, **options)
+        output.logits = output.logits + output.logits.roll(1, -1) * 0.5
+        if labels is not None:
+            output.loss = self.loss_function(output.logits, labels, self.config.vocab_size)
+        return output
 
-    @property
-    def weight(self) -> torch.Tensor:
-        return self.base.weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + x @ self.a.T @ self.b.T
+def shifted() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    return Shifted(tiny.llama().config).eval()
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_ROWS", 3)
-
-
-def heads() -> dict[str, nn.Module]:
-    frozen = nn.Linear(5, 11, bias=False).requires_grad_(False)
-    return {
-        "frozen": frozen,
-        "frozen with bias": nn.Linear(5, 11).requires_grad_(False),
-        "trained": nn.Linear(5, 11),
-        "wrapped": Wrapped(nn.Linear(5, 11).requires_grad_(False)),
-    }
-
-
-@pytest.mark.parametrize("kind", sorted(heads()))
-@pytest.mark.parametrize("num_rows", [0, 1, 3, 7])
-def test_head_losses_gradients_in_double_precision(kind, num_rows, small_chunks):
-    head = heads()[kind].double()
-    assert is_frozen_linear(head) == kind.startswith("frozen")
-    rows = torch.randn(num_rows, 5, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(11, (num_rows,))
-    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    assert torch.autograd.gradcheck(lambda rows, *_: head_losses(head, rows, targets), (rows, *trained))
-    wanted = nn.functional.cross_entropy(head(rows), targets, reduction="none")
-    torch.testing.assert_close(head_losses(head, rows, targets), wanted)
-
-
-def test_a_head_with_hooks_is_called_as_a_module():
-    head = nn.Linear(5, 11).requires_grad_(False)
-    head.register_forward_hook(lambda module, arguments, output: output * 2)
-    rows, targets = torch.randn(4, 5), torch.randint(11, (4,))
-    wanted = nn.functional.cross_entropy(head(rows), targets, reduction="none")
-    torch.testing.assert_close(head_losses(head, rows, targets), wanted)
+    monkeypatch.setattr(head_loss_module, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(head_loss_module, "BLOCK_ROWS", 2)
 
 
 def own_loss(model, batch):
@@ -91,15 +64,92 @@ def test_equals_the_models_own_loss_and_gradients(causal_lm, frozen_head, small_
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * max(1.0, other.abs().max().item()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", sorted(tiny.CAUSAL_LMS))
-def test_heads_that_do_more_take_the_plain_path_and_say_so_once(family, caplog):
+def test_every_family_takes_the_chunked_path_in_silence(family, dtype, caplog):
+    model = tiny.CAUSAL_LMS[family]().to(dtype)
+    batch = padded(rows_of(LENGTHS))
+    with caplog.at_level(logging.WARNING, logger=LOGGER):
+        token_losses(model, batch)
+    assert loss_path(model, batch) == "chunked" and caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("family", "logit_map"), [("gemma2", LogitMap(cap=5.0)), ("cohere", LogitMap(0.25)), ("llama", LogitMap())]
+)
+def test_soft_caps_and_scales_are_recognised(family, logit_map):
     model = tiny.CAUSAL_LMS[family]()
+    batch = padded(rows_of(LENGTHS))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(40)  # where a soft cap bends
+    token_losses(model, batch)
+    assert loss_module._WAYS[model].logit_map == logit_map
+
+
+def test_granite_divides_by_its_logits_scaling():
+    config = transformers.GraniteConfig(**tiny._DECODER, logits_scaling=8.0)
+    torch.manual_seed(0)
+    model = transformers.GraniteForCausalLM(config).eval()
+    batch = padded(rows_of(LENGTHS))
+    torch.testing.assert_close(token_losses(model, batch).mean(), own_loss(model, batch), rtol=1e-6, atol=0)
+    assert loss_module._WAYS[model].logit_map == LogitMap(1 / 8)
+
+
+def test_a_model_that_does_more_takes_the_plain_path_and_says_so_once(caplog):
+    model = shifted()
     batch = packed(rows_of(LENGTHS))
-    with caplog.at_level(logging.WARNING, logger="rankwise.models.loss"):
+    with caplog.at_level(logging.WARNING, logger=LOGGER):
+        losses = token_losses(model, batch)
         token_losses(model, batch)
-        token_losses(model, batch)
-    assert loss_path(model, batch) == ("plain" if family in PLAIN else "chunked")
-    assert [record.levelname for record in caplog.records] == (["WARNING"] if family in PLAIN else [])
+    assert loss_path(model, batch) == "plain"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "Shifted: it changes the output head's logits, and not by a scale" in caplog.text
+    wanted = own_loss(model, padded(rows_of(LENGTHS)))
+    torch.testing.assert_close(losses.mean(), wanted, rtol=1e-5, atol=0)
+
+
+def test_a_chunked_loss_that_is_off_is_noticed(monkeypatch, caplog):
+    """If the chunked loss computed something else, the first batch would show it."""
+    monkeypatch.setattr(loss_module, "head_losses", lambda *arguments: head_loss_module.head_losses(*arguments) * 1.01)
+    model = tiny.llama()
+    with caplog.at_level(logging.WARNING, logger=LOGGER):
+        assert loss_path(model, padded(rows_of(LENGTHS))) == "plain"
+    assert "its chunked loss is 5." in caplog.text and "where its logits give 5." in caplog.text
+
+
+def test_a_model_whose_own_loss_has_more_in_it_is_named(caplog):
+    config = transformers.MixtralConfig(
+        **tiny._DECODER, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
+        router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config).eval()
+    with caplog.at_level(logging.WARNING, logger=LOGGER):
+        assert loss_path(model, padded(rows_of(LENGTHS))) == "chunked"
+    assert "is not the cross entropy of its logits" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["frozen head", "trained head", "plain"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+def test_smoothing_and_z_loss_equal_the_formulas_on_the_models_logits(family, path, small_chunks, monkeypatch):
+    model = tiny.CAUSAL_LMS[family]()
+    model.get_output_embeddings().requires_grad_(path != "frozen head")
+    if path == "plain":
+        monkeypatch.setitem(loss_module._WAYS, model, loss_module._Way("plain"))
+    batch = padded(rows_of(LENGTHS))
+    losses = token_losses(model, batch, BOTH)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+    trained = batch.labels[:, 1:] != -100
+    chosen, targets = logits[trained], batch.labels[:, 1:][trained]
+    wanted = torch.nn.functional.cross_entropy(chosen, targets, reduction="none", label_smoothing=0.1)
+    wanted = wanted + 0.01 * chosen.logsumexp(-1) ** 2
+    torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logit_losses(chosen, targets, BOTH), wanted)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(losses.mean(), parameters)
+    for one, other in zip(found, torch.autograd.grad(wanted.mean(), parameters), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * max(1.0, other.abs().max().item()))
+    assert not torch.allclose(token_losses(model, batch, CROSS_ENTROPY), losses)
 
 
 def test_an_adapter_around_the_head_is_trained(small_chunks):
@@ -151,9 +201,9 @@ def test_never_holds_all_logits(trained_head):
     assert largest.num_rows == CHUNK_ROWS
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_the_head_sees_only_rows_with_a_label(family):
-    model = tiny.CAUSAL_LMS[family]()
+@pytest.mark.parametrize("build", [tiny.llama, tiny.gemma2, shifted])
+def test_the_head_sees_only_rows_with_a_label(build):
+    model = build()
     batch = packed(rows_of((60, 50)))  # more trained rows than the 32 of the transposed head
     token_losses(model, batch)
     with LargestLogits(tiny.VOCABULARY) as largest, torch.no_grad():

@@ -5,7 +5,8 @@ import torch
 
 from rankwise.adapters.config import LoraConfig
 from rankwise.attach.inject import adapter_parameters, attach
-from rankwise.models.loss import is_frozen_linear, loss_path, token_losses
+from rankwise.models.head_loss import is_frozen_linear
+from rankwise.models.loss import loss_path, token_losses
 from tests import tiny
 from tests.models.batches import packed, padded, rows_of
 
