@@ -29,10 +29,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     config = read_run(args.run_file, args.overrides)
     from rankwise.data.preview import preview
-    from rankwise.models.load import check_causal, load_tokenizer
+    from rankwise.models.load import check_task, load_tokenizer
 
-    check_causal(config.model)
-    document = preview(config.data, load_tokenizer(config.model), args.rows)
+    needs = config.train.needs
+    check_task(config.model, needs.task)
+    document = preview(config.data, load_tokenizer(config.model), args.rows, needs.layout)
     document["warnings"] += _refused_by_training(config.train.objective, document["splits"])
     problems, warnings = len(document["problems"]), len(document["warnings"])
     if problems:

@@ -24,7 +24,8 @@ class DataConfig:
         train, valid, test: JSONL files: a path, a pattern (`rows-*.jsonl`), or a list of these.
         format: a name of `FORMATS`, or `auto`: recognised by the rows' keys, file by file.
         max_length: tokens a row may have; a longer one keeps its beginning.
-        packing: examples of a micro batch lie end to end in one row instead of padded; same losses, less time.
+        packing: examples of a micro batch lie end to end in one row instead of padded; same losses, less time. Not
+            given: yes, where the objective can.
         chat_template: `auto` (the tokenizer's own, or `plain` when it has none), `plain` ("### User:" and so on),
             `completion` (the prompt, then its completion, nothing around them), or the path of a `.jinja` file.
 
@@ -36,7 +37,7 @@ class DataConfig:
     test: str | list[str] | None = None
     format: str = AUTO
     max_length: int = 512
-    packing: bool = True
+    packing: bool | None = None
     chat_template: str = AUTO
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
+from itertools import accumulate, islice
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ from rankwise.data.chat_template import first_difference, special_tokens
 from rankwise.data.config import DataConfig
 from rankwise.data.example import Example
 from rankwise.data.formats import ASSISTANT, TEXT, USER, RowError, Turns
+from rankwise.data.layouts import LAYOUTS
 from rankwise.data.plain_template import Rendered, Span, Template
 from rankwise.data.rows import Problem, Row
 from rankwise.data.templates import template_for, text_template
@@ -99,10 +101,11 @@ class Encoder:
     Args:
         tokenizer: a fast one.
         config: the run's data section.
+        layout: how a row becomes sequences, a key of `LAYOUTS`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
-        self.tokenizer, self.config = tokenizer, config
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, layout: str) -> None:
+        self.tokenizer, self.config, self.layout = tokenizer, config, layout
         self._templates: dict[bool, Template] = {}
         self._specials = special_tokens(tokenizer)
 
@@ -115,34 +118,48 @@ class Encoder:
         written = self._render(rows, chunk)
         if not written:
             return chunk
-        texts = self.tokenizer(
-            [item.rendered.text for item in written],
+        sequences = iter(self._sequences(written))
+        prompts = self.tokenizer(
+            [item.rendered[0].prompt for item in written],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        for item, prompt in zip(written, prompts, strict=True):
+            parts = list(islice(sequences, len(item.rendered)))
+            example = _example(item, parts, prompt)
+            is_emptied = _is_emptied(item, parts, example)
+            if not is_emptied:
+                chunk.examples.append(example)
+            chunk.counts.add(
+                Counts(
+                    rows=1,
+                    truncated=any(part.was_cut for part in parts),
+                    emptied=is_emptied,
+                    merged=any(part.is_merged for part in parts),
+                    apart=_is_apart(item, parts[0], prompt),
+                    special=any(token in turn.content for turn in item.row.turns for token in self._specials),
+                )
+            )
+            _note_prompt(chunk.prompts, example)
+        return chunk
+
+    def _sequences(self, written: Sequence[_Written]) -> list[_Encoded]:
+        """Every text of every row, in order."""
+        texts = [(rendered, item.prefix_ids) for item in written for rendered in item.rendered]
+        found = self.tokenizer(
+            [rendered.text for rendered, _ in texts],
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        prompts = self.tokenizer(
-            [item.rendered.prompt for item in written],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        parts = zip(written, texts["input_ids"], texts["offset_mapping"], prompts, strict=True)
-        for item, ids, offsets, prompt in parts:
-            encoded = _encoded(ids, np.array(offsets, dtype=np.int64).reshape(-1, 2), item, self.config.max_length)
-            example = _example(item, encoded, prompt)
-            if example.num_trained:
-                chunk.examples.append(example)
-            is_apart = item.rendered.prompt_fits and not encoded.is_merged and ids[: len(prompt)] != prompt
-            has_special = any(token in turn.content for turn in item.row.turns for token in self._specials)
-            chunk.counts.add(
-                Counts(1, encoded.was_cut, example.num_trained == 0, encoded.is_merged, is_apart, has_special)
-            )
-            _note_prompt(chunk.prompts, example)
-        return chunk
+        return [
+            _encoded(ids, np.array(offsets, dtype=np.int64).reshape(-1, 2), rendered, prefix, self.config.max_length)
+            for (rendered, prefix), ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True)
+        ]
 
     def _render(self, rows: Sequence[Row], chunk: Chunk) -> list[_Written]:
         """Each row as text; rows that their template refuses are problems of the chunk, as are the templates' notes."""
@@ -154,7 +171,7 @@ class Encoder:
                 self._templates[is_text] = (text_template if is_text else template_for)(self.tokenizer, self.config)
             template = used[is_text] = self._templates[is_text]
             try:
-                written.append(_Written(row, template.render(row.turns), template.prefix_ids))
+                written.append(_Written(row, LAYOUTS[self.layout](row, template), template.prefix_ids))
             except RowError as reason:
                 chunk.problems.append(Problem(row.file, row.line, str(reason)))
             except RequestError as error:
@@ -173,10 +190,10 @@ def _note_prompt(prompts: dict[str, Prompts], example: Example) -> None:
 
 @dataclass(frozen=True)
 class _Written:
-    """A row as text. `prefix_ids`: tokens in front of it."""
+    """A row as one text or several. `prefix_ids`: tokens in front of each."""
 
     row: Row
-    rendered: Rendered
+    rendered: tuple[Rendered, ...]
     prefix_ids: tuple[int, ...]
 
 
@@ -190,17 +207,34 @@ class _Encoded:
     spans: tuple[Span, ...]
     was_cut: bool
     is_merged: bool
+    uncut_ids: Sequence[int]
+    """Without the prefix."""
 
 
-def _encoded(ids: Sequence[int], offsets: np.ndarray, item: _Written, max_length: int) -> _Encoded:
+def _is_apart(item: _Written, first: _Encoded, prompt: Sequence[int]) -> bool:
+    """Whether the prompt alone is tokenised otherwise than in front of its answer."""
+    fits = item.rendered[0].prompt_fits and not first.is_merged
+    return fits and first.uncut_ids[: len(prompt)] != prompt
+
+
+def _is_emptied(item: _Written, parts: Sequence[_Encoded], example: Example) -> bool:
+    """Whether a part that is trained on has lost every trained token to the cut."""
+    trains = [bool(rendered.spans) for rendered in item.rendered]
+    lost = (expected and not part.spans for expected, part in zip(trains, parts, strict=True))
+    return any(lost) or (any(trains) and not example.num_trained)
+
+
+def _encoded(
+    ids: Sequence[int], offsets: np.ndarray, rendered: Rendered, prefix: tuple[int, ...], max_length: int
+) -> _Encoded:
     """Labels from the trained spans. `offsets`: [num_tokens, 2] characters of the text."""
     starts, ends = offsets[:, 0], offsets[:, 1]
     trained = np.zeros(len(ids), dtype=bool)
     is_merged = False
-    for start, end in item.rendered.spans:
+    for start, end in rendered.spans:
         trained |= (starts >= start) & (starts < end)
         is_merged |= bool(((starts < start) & (ends > start)).any())
-    prefix, text = item.prefix_ids, item.rendered.text
+    text = rendered.text
     kept = max_length - len(prefix)
     was_cut = len(ids) > kept
     if was_cut:
@@ -219,21 +253,29 @@ def _encoded(ids: Sequence[int], offsets: np.ndarray, item: _Written, max_length
         spans=spans,
         was_cut=was_cut,
         is_merged=is_merged,
+        uncut_ids=ids,
     )
 
 
-def _example(item: _Written, encoded: _Encoded, prompt: Sequence[int]) -> Example:
+def _example(item: _Written, parts: Sequence[_Encoded], prompt: Sequence[int]) -> Example:
+    """One row, its sequences end to end; in `text` a line break stands between them."""
     row = item.row
+    starts = [0, *accumulate(len(part.text) + 1 for part in parts)]
     return Example(
-        input_ids=encoded.ids,
-        labels=encoded.labels,
-        text=encoded.text,
-        spans=encoded.spans,
+        input_ids=tuple(token for part in parts for token in part.ids),
+        labels=tuple(label for part in parts for label in part.labels),
+        text="\n".join(part.text for part in parts),
+        spans=tuple(
+            (start + first, start + last)
+            for start, part in zip(starts, parts, strict=False)
+            for first, last in part.spans
+        ),
         prompt_ids=() if row.turns[0].role == TEXT else (*item.prefix_ids, *prompt),
         prompt_text=_last(row.turns, USER),
         answer=_last(row.turns, ASSISTANT),
         file=row.file,
         line=row.line,
+        parts=tuple(len(part.ids) for part in parts) if len(parts) > 1 else (),
     )
 
 

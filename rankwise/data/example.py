@@ -15,7 +15,7 @@ class Example:
     """One row, ready for training and evaluation.
 
     Args:
-        input_ids: the tokens, at most `max_length`.
+        input_ids: the tokens, at most `max_length` (of each part).
         labels: of the same length: a token's own id where it is trained on, else IGNORED.
         text: what the tokens say (cut where they were cut).
         spans: the trained [start, end) characters of `text`, as the labels have them.
@@ -24,6 +24,8 @@ class Example:
         answer: the last answer as written.
         source: what the baseline `copy` answers: `prompt_text` without the file's shared instruction.
         file, line: where the row stands.
+        parts: lengths of the sequences that lie end to end in `input_ids`, where the objective's layout has several
+            (question and answer; chosen and rejected); empty: it is one sequence. Each has at most `max_length` tokens.
     """
 
     input_ids: tuple[int, ...]
@@ -36,6 +38,12 @@ class Example:
     source: str = ""
     file: str = ""
     line: int = 0
+    parts: tuple[int, ...] = ()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence: what a model's positions must hold."""
+        return max(self.parts, default=len(self.input_ids))
 
     @property
     def num_trained(self) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 SYSTEM, USER, ASSISTANT, TEXT = "system", "user", "assistant", "text"
+ANSWERS, TEXTS = "answers", "whole texts"
+"""Kinds of rows, as messages call them; an objective trains on one kind."""
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankwise.data.fields import (
+    ANSWERS,
     ASSISTANT,
     SYSTEM,
     TEXT,
+    TEXTS,
     USER,
     RowError,
     Turn,
@@ -38,12 +40,14 @@ from rankwise.errors import RequestError, counted, did_you_mean
 class Format:
     """How rows of one format are recognised and read.
 
-    `keys`: the fields that every row has; `not_with`: fields whose presence means that it is some other format.
+    `keys`: the fields that every row has; `not_with`: fields whose presence means that it is some other format;
+    `rows`: what kind of row it is.
     """
 
     keys: tuple[str, ...]
     turns: Callable[[Mapping[str, Any]], Turns]
     not_with: tuple[str, ...] = ()
+    rows: str = ANSWERS
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has this format's fields, whatever their values."""
@@ -91,7 +95,7 @@ def from_sharegpt(row: Mapping[str, Any]) -> Turns:
 FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), from_messages),
     "prompt_completion": Format(("prompt", "completion"), from_prompt_completion, not_with=("label",)),
-    "text": Format(("text",), from_text, not_with=("label", "labels")),
+    "text": Format(("text",), from_text, not_with=("label", "labels"), rows=TEXTS),
     "alpaca": Format(("instruction", "output"), from_alpaca),
     "sharegpt": Format(("conversations",), from_sharegpt),
 }

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rankwise.data.config import DataConfig, paths_of
 from rankwise.data.encoder import Counts, Encoder, Prompts
 from rankwise.data.example import Example, Loaded
+from rankwise.data.layouts import WHOLE
 from rankwise.data.rows import BadRows, Problem, Rows, read_rows
 from rankwise.errors import RequestError, counted
 
@@ -17,22 +18,26 @@ _CHUNK_ROWS = 1000
 """Rows tokenised at once: bounds the memory that the offsets take."""
 
 
-def load_examples(paths: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Loaded:
-    """Reads files into examples, in the order of the files and their lines.
+def load_examples(
+    paths: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig, layout: str = WHOLE
+) -> Loaded:
+    """Reads files into examples, in the order of the files and their lines; `layout`: a key of `LAYOUTS`.
 
     Raises: BadRows with every row that can't be used; RequestError for files that can't be read, a format that can't
         be told, a template that can't be used, or when no row has a trained token.
     """
-    return load_rows(read_rows(paths, config.format), paths, tokenizer, config)
+    return load_rows(read_rows(paths, config.format), paths, tokenizer, config, layout)
 
 
-def load_rows(rows: Rows, paths: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Loaded:
+def load_rows(
+    rows: Rows, paths: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig, layout: str = WHOLE
+) -> Loaded:
     """Examples of rows that were read from `paths` before.
 
     Raises: BadRows with every row that can't be used; RequestError for a template that can't be used, or when no row
         has a trained token.
     """
-    loaded, problems = encode(rows, tokenizer, config)
+    loaded, problems = encode(rows, tokenizer, config, layout)
     if problems:
         raise BadRows(problems)
     if not loaded.examples:
@@ -44,12 +49,14 @@ def load_rows(rows: Rows, paths: str | Sequence[str], tokenizer: PreTrainedToken
     return loaded
 
 
-def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> tuple[Loaded, list[Problem]]:
+def encode(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, config: DataConfig, layout: str = WHOLE
+) -> tuple[Loaded, list[Problem]]:
     """Examples of the rows that can be used, and the problems of the others; nothing is raised for these.
 
     Raises: RequestError for a template that can't be used.
     """
-    encoder = Encoder(tokenizer, config)
+    encoder = Encoder(tokenizer, config, layout)
     counts = Counts()
     prompts: dict[str, Prompts] = {}
     notes: dict[str, None] = {}

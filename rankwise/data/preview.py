@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.config import DataConfig
 from rankwise.data.example import Example, Loaded
+from rankwise.data.layouts import WHOLE
 from rankwise.data.loader import encode
 from rankwise.data.rows import Row, Rows, leak_warning, num_leaked, read_rows
 from rankwise.errors import counted
@@ -18,13 +19,16 @@ from rankwise.errors import counted
 SPLITS = ("train", "valid", "test")
 
 
-def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int = 3) -> dict[str, Any]:
+def preview(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int = 3, layout: str = WHOLE
+) -> dict[str, Any]:
     """The document of `rankwise data preview`: counts of the training files, and more of each split in `splits`.
 
     Args:
         config: the run's data section.
         tokenizer: the model's.
         rows: how many examples to show, from the beginning.
+        layout: how the objective lays rows out, a key of `rankwise.data.layouts.LAYOUTS`.
 
     `duplicates`: training rows that are equal to an earlier one; `leaks`: rows of valid and test that are training rows
     too, letter by letter. `problems` holds the rows of all files that can't be used; counts are of the others.
@@ -33,7 +37,7 @@ def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int = 
     Raises: RequestError for files that can't be read, a format that can't be told, or an unusable template.
     """
     read = {name: read_rows(files, config.format) for name in SPLITS if (files := getattr(config, name)) is not None}
-    encoded = {name: encode(found, tokenizer, config) for name, found in read.items()}
+    encoded = {name: encode(found, tokenizer, config, layout) for name, found in read.items()}
     splits = {name: _split(read[name], encoded[name][0]) for name in read}
     leaks = {name: num_leaked(found, read["train"]) for name, found in read.items() if name != "train"}
     for name, count in leaks.items():

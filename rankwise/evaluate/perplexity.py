@@ -1,19 +1,46 @@
-"""Loss in nats per trained token over a set of examples, and its perplexity exp(loss)."""
+"""The mean loss over a set of examples (of tokens: in nats, and its perplexity exp(loss)), for any objective."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankwise.data.example import Example
-from rankwise.data.packing import collate
 from rankwise.errors import RequestError, WorkError
 from rankwise.evaluate.progress import progress_bar
-from rankwise.models.loss import token_losses
+
+
+class Meter(Protocol):
+    """Figures that are measured beside the losses."""
+
+    def pour(self, sums: dict[str, list[float]]) -> None:
+        """Adds sum and count of each figure to `sums`, and starts afresh."""
+        ...
+
+
+class Measured(Protocol):
+    """What is measured: `rankwise.train.objective.Objective` is one."""
+
+    @property
+    def losses(self) -> Callable[[PreTrainedModel, Any], Tensor]:
+        """One loss for each trained unit of a batch, [n]."""
+        ...
+
+    @property
+    def collate(self) -> Callable[[Sequence[Example], int, bool], Any]:
+        """A batch from examples, the pad token, and whether to pack."""
+        ...
+
+    @property
+    def meter(self) -> Meter:
+        """What `losses` sees besides."""
+        ...
 
 
 class LossError(WorkError):
@@ -26,11 +53,15 @@ class LossError(WorkError):
 
 @dataclass(frozen=True)
 class Likelihood:
-    """`loss`: mean over all trained tokens of all examples, not a mean of means."""
+    """`loss`: mean over all trained units (tokens, pairs, rows) of all examples, not a mean of means.
+
+    `figures`: the means of what the objective measures besides.
+    """
 
     loss: float
-    num_tokens: int
+    num_units: int
     num_examples: int
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -40,6 +71,7 @@ class Likelihood:
 
 def measure_loss(
     model: PreTrainedModel,
+    objective: Measured,
     examples: Sequence[Example],
     pad_id: int,
     batch_size: int,
@@ -55,21 +87,24 @@ def measure_loss(
     if batch_size < 1:
         raise RequestError(f"batch_size must be at least 1, not {batch_size}")
     order = sorted(examples, key=lambda example: -len(example.input_ids))
-    total, num_tokens = 0.0, 0
+    total, num_units = 0.0, 0
+    sums: dict[str, list[float]] = {}
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), progress_bar("measuring loss", len(order), progress) as advance:
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
-                losses = token_losses(model, collate(chosen, pad_id, packing).to(model.device))
+                losses = objective.losses(model, objective.collate(chosen, pad_id, packing).to(model.device))
                 total += float(losses.double().sum())
-                num_tokens += losses.numel()
+                num_units += losses.numel()
                 advance(len(chosen))
     finally:
         model.train(was_training)
-    if not num_tokens:
-        raise RequestError(f"no token of the {len(order)} examples is trained on; check the data with `data preview`")
+        objective.meter.pour(sums)
+    if not num_units:
+        raise RequestError(f"nothing in the {len(order)} examples is trained on; check the data with `data preview`")
     if not math.isfinite(total):
         raise LossError(total)
-    return Likelihood(total / num_tokens, num_tokens, len(order))
+    figures = {name: total / count for name, (total, count) in sums.items() if count}
+    return Likelihood(total / num_units, num_units, len(order), figures)

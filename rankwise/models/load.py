@@ -123,9 +123,11 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         )
 
 
-def check_causal(config: ModelConfig) -> None:
-    """Raises: RequestError for an encoder, before anything else about it can seem wrong; or as `load_config`."""
-    _refuse_encoder(config.name, load_config(config))
+def check_task(config: ModelConfig, task: str) -> None:
+    """Raises: RequestError for a kind of model that has no head for `task`, before anything else can seem wrong; or as
+    `load_config`.
+    """
+    _check_kind(config.name, task, load_config(config))
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -182,8 +184,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, task: str = "causal-lm")
 
 
 def _check_loaded(name: str, task: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    if task == "causal-lm":
-        _refuse_encoder(name, model.config)
+    _check_kind(name, task, model.config)
     for key, stored, wanted in sorted(info["mismatched_keys"]):
         raise RequestError(
             f"model '{name}': weight {key} has shape {tuple(stored)} in its file and {tuple(wanted)} by its config.json"
@@ -196,7 +197,9 @@ def _check_loaded(name: str, task: str, model: PreTrainedModel, info: dict[str, 
         )
 
 
-def _refuse_encoder(name: str, config: PretrainedConfig) -> None:
+def _check_kind(name: str, task: str, config: PretrainedConfig) -> None:
+    if task != "causal-lm":
+        return
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         raise RequestError(
             f"model '{name}' ({config.model_type}) is an encoder: its positions see the tokens after them, "

@@ -27,6 +27,7 @@ from rankwise.recipes.merge import merge_target, stored_dtype
 from rankwise.recipes.output import RunFolder
 from rankwise.recipes.run import RunConfig, read_run
 from rankwise.recipes.target import Target, find_target, open_in
+from rankwise.train.objectives import OBJECTIVES
 from rankwise.train.precision import Precision, choose_precision
 
 DATA = Path(__file__).parent / "demo_data"
@@ -105,7 +106,8 @@ def demo(
         summary = train(run, quiet=not progress)
     test = str(DATA / "test.jsonl")
     settings = EvaluateConfig(rows=plan.test_rows, batch_size=plan.eval_batch_size, max_new_tokens=plan.max_new_tokens)
-    exam = make_exam(load_examples(test, tokenizer, run.data), run.data, tokenizer, None, settings, progress)
+    rows = load_examples(test, tokenizer, run.data)
+    exam = make_exam(rows, run.data, tokenizer, None, settings, OBJECTIVES[run.train.objective], progress)
     target = find_target(str(folder.path), device=device)
     graded = {"copy": copied(exam), **grade_both(target, exam, precision, watch)}
     with watch.stage("merge and certify"):

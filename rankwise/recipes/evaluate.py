@@ -20,6 +20,8 @@ from rankwise.evaluate.answers import LOSS_METRICS, METRICS, check_metrics, scor
 from rankwise.evaluate.generate import generate_answers
 from rankwise.evaluate.perplexity import measure_loss
 from rankwise.recipes.target import Target, find_target, open_target, target_tokenizer
+from rankwise.train.objective import Objective
+from rankwise.train.objectives import OBJECTIVES
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -54,9 +56,10 @@ class EvaluateConfig:
 class Exam:
     """The same questions for every model: examples, what is measured, and how answers are generated.
 
-    `packing` changes the speed of the loss only.
+    `objective` says what the loss is; `packing` changes its speed only.
     """
 
+    objective: Objective
     examples: Sequence[Example]
     tokenizer: PreTrainedTokenizerBase
     metrics: tuple[str, ...]
@@ -94,10 +97,10 @@ def evaluate(
     if config.max_length is not None:
         data = dataclasses.replace(data, max_length=config.max_length)
     tokenizer = target_tokenizer(target)
-    loaded = load_examples(data.train, tokenizer, data)
+    loaded = load_examples(data.train, tokenizer, data, target.needs.layout)
     for line in (*(f"note: {note}" for note in loaded.notes), *(f"warning: {text}" for text in loaded.warnings)):
         print(line, file=sys.stderr)
-    exam = make_exam(loaded, data, tokenizer, wanted, config, progress)
+    exam = make_exam(loaded, data, tokenizer, wanted, config, OBJECTIVES[target.objective], progress)
     opened = open_target(target, config.precision)
     graded = [copied(exam)] if config.copy else []
     if target.adapter is None:
@@ -133,6 +136,7 @@ def make_exam(
     tokenizer: PreTrainedTokenizerBase,
     metrics: tuple[str, ...] | None,
     config: EvaluateConfig,
+    objective: Objective,
     progress: bool,
 ) -> Exam:
     """The first rows as questions. Rows of plain text have no answers: then only the likelihood is measured.
@@ -158,7 +162,8 @@ def make_exam(
         )
     longest = DEFAULT_NEW_TOKENS if config.max_new_tokens is None else config.max_new_tokens
     stop_ids = stop_token_ids(tokenizer, data) if compared else ()
-    return Exam(examples, tokenizer, metrics, stop_ids, config.batch_size, longest, data.packing, progress)
+    packing = data.packing is True
+    return Exam(objective, examples, tokenizer, metrics, stop_ids, config.batch_size, longest, packing, progress)
 
 
 def grade(model: PreTrainedModel, exam: Exam, name: str) -> Graded:
@@ -167,7 +172,7 @@ def grade(model: PreTrainedModel, exam: Exam, name: str) -> Graded:
     if any(metric in LOSS_METRICS for metric in exam.metrics):
         pad_id = exam.tokenizer.pad_token_id
         assert isinstance(pad_id, int), "load_tokenizer gives every tokenizer a pad token"
-        found = measure_loss(model, exam.examples, pad_id, exam.batch_size, exam.packing, exam.progress)
+        found = measure_loss(model, exam.objective, exam.examples, pad_id, exam.batch_size, exam.packing, exam.progress)
         figures = {"loss": found.loss, "perplexity": found.perplexity}
     answers: list[str] = []
     if any(metric in METRICS for metric in exam.metrics):

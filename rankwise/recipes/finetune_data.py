@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.data.example import Loaded
+from rankwise.data.formats import FORMATS
 from rankwise.data.loader import load_rows
 from rankwise.data.rows import BadRows, Rows, num_leaked, read_rows
 from rankwise.data.templates import stop_token_ids
 from rankwise.errors import RequestError
 from rankwise.models.load import load_tokenizer
-from rankwise.recipes.run import TEXT_FORMAT, RunConfig
+from rankwise.recipes.run import RunConfig
+from rankwise.train.needs import NEEDS, remedy_for
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class RunData:
         """Raises: RequestError when a row has more tokens than the model has positions, or a token unknown to it."""
         config = model.config.get_text_config()
         examples = [*self.train.examples, *(self.valid.examples if self.valid else ())]
-        longest = max(len(example.input_ids) for example in examples)
+        longest = max(example.longest for example in examples)
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and longest > positions:
             raise RequestError(
@@ -74,25 +76,22 @@ def load_data(run: RunConfig) -> RunData:
             continue
         try:
             read[split] = read_rows(paths, run.data.format)
-            loaded[split] = load_rows(read[split], paths, tokenizer, run.data)
+            if not read[split].problems:
+                check_objective(run.train.objective, split, read[split].format, read[split].why)
+            loaded[split] = load_rows(read[split], paths, tokenizer, run.data, run.train.needs.layout)
         except BadRows as bad:
             problems += bad.problems
     if problems:
         raise BadRows(problems)
-    for split, found in loaded.items():
-        check_objective(run.train.objective, split, found.format, found.why)
     leaked = num_leaked(read["valid"], read["train"]) if "valid" in read else 0
     return RunData(tokenizer, loaded["train"], loaded.get("valid"), stop_token_ids(tokenizer, run.data), leaked)
 
 
 def check_objective(objective: str, split: str, format: str, why: str) -> None:
-    """Raises: RequestError for rows that the objective does not train on; `format` and `why` are as in `Loaded`."""
-    formats = format.split(", ")
-    if objective == "sft" and TEXT_FORMAT in formats:
+    """Raises: RequestError for rows that the objective does not train on; `format` and `why` are as in `Rows`."""
+    wanted = NEEDS[objective].rows
+    held = next((FORMATS[name].rows for name in format.split(", ") if FORMATS[name].rows != wanted), None)
+    if held is not None:
         raise RequestError(
-            f"train.objective: sft trains on answers, data.{split} holds whole texts ({why}); use train.objective=text"
-        )
-    if objective == "text" and formats != [TEXT_FORMAT]:
-        raise RequestError(
-            f"train.objective: text trains on whole texts, data.{split} holds answers ({why}); use train.objective=sft"
+            f"train.objective: {objective} trains on {wanted}, data.{split} holds {held} ({why}); {remedy_for(held)}"
         )

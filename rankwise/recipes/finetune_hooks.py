@@ -11,6 +11,7 @@ from rankwise.train.config import Every
 from rankwise.train.interrupt import Interrupted, StopRequest
 from rankwise.train.log import ProgressBar, Say, peak_memory_bytes
 from rankwise.train.loop import Hook, Step
+from rankwise.train.objective import means
 from rankwise.train.rng import untouched
 from rankwise.train.state import save_checkpoint
 
@@ -43,13 +44,16 @@ def evaluation_hook(job: Job, folder: RunFolder, say: Say) -> Hook:
             return
         with untouched(model, model.device):
             try:
-                found = measure_loss(model, data.valid.examples, data.pad_id, train.micro_rows, job.run.data.packing)
+                found = measure_loss(
+                    model, job.objective, data.valid.examples, data.pad_id, train.micro_rows, job.batches.packing
+                )
             except LossError as error:
                 raise WorkError(
                     f"step {step.number}: the validation loss is {error.loss}; lower train.lr ({train.lr:g}, "
                     f"{step.lr:g} at this step), or try train.precision=fp32 if it was bf16"
                 ) from error
             step.metrics["valid_loss"] = found.loss
+            step.metrics |= {f"valid_{name}": value for name, value in found.figures.items()}
             if progress.best_valid_loss is None or found.loss < progress.best_valid_loss:
                 progress.best_valid_loss = found.loss
             say(f"step {step.number}: validation loss {found.loss:.4f} (best {progress.best_valid_loss:.4f})")
@@ -97,11 +101,13 @@ def logging_hook(job: Job, folder: RunFolder, bar: ProgressBar) -> Hook:
                 "grad_norm": step.grad_norm,
                 "tokens_per_s": progress.interval_tokens / progress.interval_s,
                 "peak_memory_bytes": memory_bytes,
+                **means(progress.interval_figures),
                 **step.metrics,
             }
         )
         progress.interval_loss, progress.interval_s = 0.0, 0.0
         progress.interval_trained = progress.interval_tokens = 0
+        progress.interval_figures = {}
 
     return log
 

@@ -16,18 +16,20 @@ from rankwise.adapters.layers import layer_kind
 from rankwise.attach.attachment import need_attachment
 from rankwise.attach.checkpoint import load_adapter, read_config
 from rankwise.attach.inject import adapter_layers, adapter_parameters, attach
+from rankwise.data.formats import TEXT
 from rankwise.errors import RequestError
-from rankwise.models.load import check_causal, choose_device, load_model, resolve
+from rankwise.models.load import check_task, choose_device, load_model, resolve
 from rankwise.recipes.finetune_data import RunData, load_data
 from rankwise.recipes.finetune_report import describe_run
 from rankwise.recipes.provenance import data_hashes, provenance
 from rankwise.recipes.resume import check_length, check_settings, run_precision, training_settings
-from rankwise.recipes.run import TASK_TYPE, TEXT_FORMAT, RunConfig, StartFrom, check_task_type, with_section
+from rankwise.recipes.run import RunConfig, StartFrom, check_task_type, with_section
 from rankwise.train.batches import MicroBatches, RowOrder
 from rankwise.train.config import AUTO
 from rankwise.train.log import Say
-from rankwise.train.loop import LoopPlan, Objective, Progress
-from rankwise.train.objectives import OBJECTIVES
+from rankwise.train.loop import LoopPlan, Progress
+from rankwise.train.objective import Objective
+from rankwise.train.objectives import objective_of
 from rankwise.train.optim import learning_rate, make_optimizer
 from rankwise.train.precision import Precision
 from rankwise.train.recompute import enable_gradient_checkpointing
@@ -64,10 +66,10 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     Raises: RequestError for anything wrong with the request; with a checkpoint, also when its settings differ.
     """
     device = choose_device(run.model.device)
-    check_causal(run.model)
+    check_task(run.model, run.train.needs.task)
     data = load_data(run)
-    if data.train.format == TEXT_FORMAT:  # recognised or not: then `generate` on the run's folder goes on with texts
-        run = dataclasses.replace(run, data=dataclasses.replace(run.data, format=TEXT_FORMAT))
+    if data.train.format == TEXT:  # recognised or not: then `generate` on the run's folder goes on with texts
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, format=TEXT))
     num_rows = len(data.train.examples)
     hashes = data_hashes(run.data)
     precision = run_precision(_least_precision(run), device, checkpoint)
@@ -83,12 +85,13 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     plan = _plan(run, num_rows)
     model = _attached_model(run, precision, data)
     order = RowOrder(num_rows, run.train.batch_size, run.train.num_rows(num_rows), run.train.seed)
+    objective = objective_of(run.train)
+    packing = run.data.packing is True
     batches = MicroBatches(
-        data.train.examples, order, run.train.micro_rows, data.pad_id, run.data.packing, model.device
+        objective, data.train.examples, order, run.train.micro_rows, data.pad_id, packing, model.device
     )
     parameters = adapter_parameters(model)
     optimizer = make_optimizer(parameters, run.train.lr, run.train.betas, run.train.weight_decay)
-    objective = OBJECTIVES[run.train.objective]
     start = Path(run.adapter.folder) if isinstance(run.adapter, StartFrom) else None
     job = Job(
         run, model, data, batches, objective, plan, optimizer, Progress(), settings,
@@ -134,7 +137,7 @@ def _plan(run: RunConfig, num_rows: int) -> LoopPlan:
 
 
 def _attached_model(run: RunConfig, precision: Precision, data: RunData) -> PreTrainedModel:
-    model = load_model(run.model, precision.dtype)
+    model = load_model(run.model, precision.dtype, run.train.needs.task)
     data.check_fits(model)
     seed_everything(run.train.seed)
     if isinstance(run.adapter, StartFrom):
@@ -147,7 +150,7 @@ def _attached_model(run: RunConfig, precision: Precision, data: RunData) -> PreT
         )
     else:
         named = run.adapter.base_model_name_or_path or _base_name(run)
-        task_type = run.adapter.task_type or TASK_TYPE
+        task_type = run.adapter.task_type or run.train.needs.task_type
         config = run.adapter.with_(base_model_name_or_path=named, revision=run.model.revision, task_type=task_type)
         try:
             attach(model, config)

@@ -6,6 +6,7 @@ mappings are relative to the current folder. A RunConfig that was read holds abs
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +19,12 @@ import yaml
 from rankwise.adapters.config import LoraConfig
 from rankwise.config import build, checked_value, to_dict
 from rankwise.data.config import TEMPLATE_SUFFIX, DataConfig
+from rankwise.data.formats import FORMATS
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
 from rankwise.ranks.config import RanksConfig
 from rankwise.train.config import AUTO, TrainConfig
+from rankwise.train.needs import NEEDS, remedy_for
 
 ADAPTER_KINDS: dict[str, type[LoraConfig]] = {"lora": LoraConfig}
 SECTIONS: dict[str, type[Any]] = {
@@ -35,9 +38,6 @@ SECTIONS: dict[str, type[Any]] = {
 
 EMBEDDED_MODELS = ("demo", "demo-encoder")
 DATA_FILES = ("train", "valid", "test")
-TEXT_FORMAT = "text"
-TASK_TYPE = "CAUSAL_LM"
-"""PEFT's name for what the objectives train."""
 FROM = "from"
 
 
@@ -68,15 +68,23 @@ class RunConfig:
             raise RequestError(f"tasks ({', '.join(self.tasks)}): not available yet; set it to {{}}, and use data:")
         self._check_adapter()
         self._check_evaluation()
-        if self.data.format not in (AUTO, TEXT_FORMAT) and self.train.objective == "text":
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        """The format is of the kind that the objective trains on; packing, where not given, is what it can do."""
+        needs, format = self.train.needs, self.data.format
+        if format != AUTO and (held := FORMATS[format].rows) != needs.rows:
             raise RequestError(
-                f"train.objective: text trains on whole texts, data.format: {self.data.format} holds answers; "
-                "use train.objective=sft, or data.format=text"
+                f"train.objective: {self.train.objective} trains on {needs.rows}, data.format: {format} holds {held}; "
+                f"{remedy_for(held)}, or another data.format"
             )
-        if self.data.format == TEXT_FORMAT and self.train.objective == "sft":
+        if self.data.packing and not needs.packs:
             raise RequestError(
-                "train.objective: sft trains on answers, data.format: text has none; use train.objective=text"
+                f"data.packing (true) has no effect with train.objective: {self.train.objective}, whose rows can only "
+                "be padded; leave it out, or set it to false"
             )
+        if self.data.packing is None:
+            object.__setattr__(self, "data", dataclasses.replace(self.data, packing=needs.packs))
 
     def _check_adapter(self) -> None:
         if not isinstance(self.adapter, LoraConfig):
@@ -107,10 +115,11 @@ class RunConfig:
 
 def check_task_type(task_type: str | None, where: str, objective: str) -> None:
     """Raises: RequestError for an adapter of a task that the objective does not train; `where` names it in messages."""
-    if task_type not in (None, TASK_TYPE):
+    wanted = NEEDS[objective].task_type
+    if task_type not in (None, wanted):
         raise RequestError(
-            f"{where} ({task_type}) does not go with train.objective: {objective}, which trains a {TASK_TYPE} adapter; "
-            f"set it to {TASK_TYPE}, or leave it out"
+            f"{where} ({task_type}) does not go with train.objective: {objective}, which trains a {wanted} adapter; "
+            f"set it to {wanted}, or leave it out"
         )
 
 

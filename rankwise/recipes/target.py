@@ -13,12 +13,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from rankwise.attach.checkpoint import load_adapter, read_config
 from rankwise.attach.peft_format import CONFIG_FILE
 from rankwise.data.config import AUTO, DataConfig
+from rankwise.data.formats import TEXT
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
-from rankwise.models.load import check_causal, choose_device, load_model, load_tokenizer
+from rankwise.models.load import check_task, choose_device, load_model, load_tokenizer
 from rankwise.models.quiet import quietly
 from rankwise.recipes.output import RUN_FILE
-from rankwise.recipes.run import TEXT_FORMAT, read_run
+from rankwise.recipes.run import read_run
+from rankwise.train.needs import NEEDS, Needs
 from rankwise.train.precision import choose_precision
 from rankwise.train.state import ADAPTER
 
@@ -45,12 +47,19 @@ class Target:
     adapter: Path | None = None
     data: DataConfig | None = None
     chat_template: str | None = None
+    objective: str = "sft"
+    """What it was trained for, or is measured by: a key of `rankwise.train.needs.NEEDS`."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the objective needs of the model and of rows."""
+        return NEEDS[self.objective]
 
     def data_config(self, file: str | list[str] | None = None) -> DataConfig:
         """How rows (of `file`) become tokens: the run's own treatment, or the defaults, padded."""
         config = DataConfig(train=file or "prompts", packing=False) if self.data is None else self.data
         if file is not None:
-            format = AUTO if config.format == TEXT_FORMAT else config.format  # a run on texts may be asked questions
+            format = AUTO if config.format == TEXT else config.format  # a run on texts may be asked questions
             config = dataclasses.replace(config, train=file, valid=None, test=None, format=format)
         return config if self.chat_template is None else dataclasses.replace(config, chat_template=self.chat_template)
 
@@ -134,7 +143,7 @@ def _run_target(name: str, folder: Path, base: str | None, device: str) -> Targe
             f"the run '{name}' has no adapter yet; finish it with `rankwise train {folder / RUN_FILE} --resume`"
         )
     model = dataclasses.replace(run.model, device=device) if base is None else ModelConfig(base, device)
-    return Target(name, "run", model, adapter, run.data)
+    return Target(name, "run", model, adapter, run.data, objective=run.train.objective)
 
 
 def _adapter_target(name: str, folder: Path, base: str | None, device: str) -> Target:
@@ -166,7 +175,7 @@ def open_target(target: Target, precision: str = "auto") -> Opened:
 def open_in(target: Target, dtype: torch.dtype, precision: str) -> Opened:
     """As `open_target`, in a dtype that has been chosen; `precision` is its name."""
     tokenizer = target_tokenizer(target)
-    model = load_model(target.model, dtype)
+    model = load_model(target.model, dtype, target.needs.task)
     if target.adapter is not None:
         load_adapter(model, target.adapter)
         model.eval()
@@ -179,7 +188,7 @@ def target_tokenizer(target: Target) -> PreTrainedTokenizerBase:
 
     Raises: RequestError for what can't be loaded, and for an encoder.
     """
-    check_causal(target.model)
+    check_task(target.model, target.needs.task)
     if target.adapter is None or not (target.adapter / TOKENIZER_FILE).is_file():
         return load_tokenizer(target.model)
     try:

@@ -13,8 +13,8 @@ import torch
 
 from rankwise import distributed
 from rankwise.data.example import Example
-from rankwise.data.packing import collate, epoch_order
-from rankwise.models.batch import Batch
+from rankwise.data.packing import epoch_order
+from rankwise.train.objective import MicroBatch, Objective
 
 
 class RowOrder:
@@ -49,6 +49,7 @@ class MicroBatches:
     """Called with a step, gives this process's micro batches of it, on the device.
 
     Args:
+        objective: makes a micro batch of its rows.
         examples: the training set.
         order: which of them are in a step.
         micro_batch_size: rows in a micro batch; the last one of a step may have fewer.
@@ -59,6 +60,7 @@ class MicroBatches:
 
     def __init__(
         self,
+        objective: Objective,
         examples: Sequence[Example],
         order: RowOrder,
         micro_batch_size: int,
@@ -66,10 +68,10 @@ class MicroBatches:
         packing: bool,
         device: torch.device,
     ) -> None:
-        self.examples, self.order, self.micro_batch_size = examples, order, micro_batch_size
+        self.objective, self.examples, self.order, self.micro_batch_size = objective, examples, order, micro_batch_size
         self.pad_id, self.packing, self.device = pad_id, packing, device
 
-    def __call__(self, step: int) -> list[Batch]:
+    def __call__(self, step: int) -> list[MicroBatch]:
         """The micro batches of `step`."""
         rows = self.order.rows(step)[distributed.rank() :: distributed.world_size()]
         chosen = [self.examples[row] for row in rows]
@@ -77,6 +79,6 @@ class MicroBatches:
             chosen.sort(key=lambda example: -len(example.input_ids))
         size = self.micro_batch_size
         return [
-            collate(chosen[start : start + size], self.pad_id, self.packing).to(self.device)
+            self.objective.collate(chosen[start : start + size], self.pad_id, self.packing).to(self.device)
             for start in range(0, len(chosen), size)
         ]

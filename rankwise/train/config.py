@@ -12,9 +12,8 @@ import re
 from dataclasses import dataclass
 
 from rankwise.errors import RequestError, counted, did_you_mean
+from rankwise.train.needs import NEEDS, TO_COME, Needs
 
-OBJECTIVES = ("sft", "text")
-OBJECTIVES_TO_COME = ("seq2seq", "classification", "token-classification", "embedding", "dpo")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("fp32", "bf16", "auto")
 
@@ -132,11 +131,11 @@ class TrainConfig:
         self._check_events()
 
     def _check_names(self) -> None:
-        if self.objective in OBJECTIVES_TO_COME:
-            raise RequestError(f"train.objective: '{self.objective}' is not available yet; use sft or text")
+        if self.objective in TO_COME:
+            raise RequestError(f"train.objective: '{self.objective}' is not available yet; use {' or '.join(NEEDS)}")
         if self.precision == "fp16":
             raise RequestError("train.precision: 'fp16' is not available yet; use bf16, fp32 or auto")
-        for name, known in (("objective", OBJECTIVES), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for name, known in (("objective", NEEDS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
             value = getattr(self, name)
             if value not in known:
                 raise RequestError(f"train.{name} can't be '{value}'{did_you_mean(value, known)}")
@@ -209,9 +208,10 @@ class TrainConfig:
                 raise RequestError(
                     f"train.{name} ({value}) has no effect: train.evaluate_every says never; set {remedy}"
                 )
-            if self.objective == "text":
+            if not self.needs.generates:
                 raise RequestError(
-                    f"train.{name} ({value}) has no effect with train.objective: text, whose rows ask nothing; "
+                    f"train.{name} ({value}) has no effect with train.objective: {self.objective}, whose rows ask "
+                    f"nothing; "
                     f"set {remedy}"
                 )
         if self.sample_tokens and self.samples == 0:
@@ -219,6 +219,11 @@ class TrainConfig:
                 f"train.sample_tokens ({self.sample_tokens}) has no effect with train.samples: 0; set samples, or "
                 "leave it out"
             )
+
+    @property
+    def needs(self) -> Needs:
+        """What the objective needs of the model and of the rows."""
+        return NEEDS[self.objective]
 
     @property
     def micro_rows(self) -> int:

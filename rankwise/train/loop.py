@@ -18,22 +18,9 @@ from transformers import PreTrainedModel
 
 from rankwise import distributed
 from rankwise.errors import WorkError
-from rankwise.models.batch import Batch
+from rankwise.train.objective import MicroBatch, Objective
 from rankwise.train.optim import set_learning_rate, trained_parameters
 from rankwise.train.watch import LossWatch
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised: the mean of `losses` over a step.
-
-    Args:
-        losses: one loss for each trained unit (token, pair) of a micro batch, [num_trained], with a graph.
-        count: how many losses that will be, before anything is computed.
-    """
-
-    losses: Callable[[PreTrainedModel, Batch], Tensor]
-    count: Callable[[Batch], int]
 
 
 @dataclass(frozen=True)
@@ -62,6 +49,8 @@ class Progress:
     interval_trained: int = 0
     interval_tokens: int = 0
     interval_s: float = 0.0
+    interval_figures: dict[str, list[float]] = field(default_factory=dict)
+    """Sum and count of each figure of the objective's meter, likewise."""
     watch: LossWatch = field(default_factory=LossWatch)
 
 
@@ -91,7 +80,7 @@ Hook = Callable[[Step], None]
 def fit(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    batches: Callable[[int], list[Batch]],
+    batches: Callable[[int], list[MicroBatch]],
     objective: Objective,
     plan: LoopPlan,
     progress: Progress,
@@ -116,7 +105,7 @@ def fit(
 def take_step(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[Batch],
+    micro_batches: Sequence[MicroBatch],
     objective: Objective,
     plan: LoopPlan,
     progress: Progress,
@@ -150,13 +139,14 @@ def take_step(
     progress.interval_trained += num_trained
     progress.interval_tokens += num_tokens
     progress.interval_s += seconds
+    objective.meter.pour(progress.interval_figures)
     return Step(number, plan.num_steps, loss, lr, grad_norm, num_tokens, num_trained, seconds)
 
 
 def accumulate(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[Batch],
+    micro_batches: Sequence[MicroBatch],
     objective: Objective,
     number: int,
 ) -> tuple[float, int, int]:

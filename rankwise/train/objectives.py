@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from rankwise.models.batch import Batch
+from rankwise.data.packing import collate
 from rankwise.models.loss import token_losses
-from rankwise.train.loop import Objective
+from rankwise.train.config import TrainConfig
+from rankwise.train.needs import NEEDS
+from rankwise.train.objective import Objective
 
-
-def _num_trained(batch: Batch) -> int:
-    return batch.num_trained
-
-
-TOKENS = Objective(losses=token_losses, count=_num_trained)
+TOKENS = Objective(NEEDS["sft"], token_losses, collate)
 """Cross entropy of each token that carries a label, in nats."""
 
-OBJECTIVES: dict[str, Objective] = {"sft": TOKENS, "text": TOKENS}
+OBJECTIVES: dict[str, Objective] = {
+    "sft": TOKENS,
+    "text": Objective(NEEDS["text"], token_losses, collate),
+}
+
+
+def objective_of(train: TrainConfig) -> Objective:
+    """The objective that a run's settings describe."""
+    return OBJECTIVES[train.objective]

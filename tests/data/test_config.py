@@ -13,7 +13,7 @@ from rankwise.errors import RequestError
 def test_defaults_and_lists():
     config = build(DataConfig, {"train": ["a.jsonl", "b.jsonl"]}, "data")
     assert paths_of(config.train) == ["a.jsonl", "b.jsonl"]
-    assert (config.format, config.max_length, config.packing, config.chat_template) == ("auto", 512, True, "auto")
+    assert (config.format, config.max_length, config.packing, config.chat_template) == ("auto", 512, None, "auto")
 
 
 @pytest.mark.parametrize(

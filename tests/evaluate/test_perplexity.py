@@ -8,6 +8,7 @@ import torch
 from rankwise.data.example import Example
 from rankwise.errors import RequestError, WorkError
 from rankwise.evaluate.perplexity import Likelihood, measure_loss
+from rankwise.train.objectives import TOKENS
 from tests import tiny
 
 
@@ -38,40 +39,40 @@ def test_equals_transformers_own_loss(name, packing):
     model = tiny.CAUSAL_LMS[name]()
     loss, count = by_hand(model)
     for batch_size in (1, 2, 5):
-        found = measure_loss(model, EXAMPLES, 259, batch_size, packing)
+        found = measure_loss(model, TOKENS, EXAMPLES, 259, batch_size, packing)
         assert found.loss == pytest.approx(loss, rel=1e-5)
-        assert (found.num_tokens, found.num_examples) == (count, 5)
+        assert (found.num_units, found.num_examples) == (count, 5)
         assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
 
 
 def test_nothing_is_left_behind(llama):
     llama.train()
-    measure_loss(llama, EXAMPLES, 259, 2, True)
+    measure_loss(llama, TOKENS, EXAMPLES, 259, 2, True)
     assert llama.training and all(parameter.grad is None for parameter in llama.parameters())
 
 
 def test_dropout_is_off():
     model = tiny.gpt2()
-    plain = measure_loss(model, EXAMPLES, 259, 2, False).loss
+    plain = measure_loss(model, TOKENS, EXAMPLES, 259, 2, False).loss
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     model.train()
-    assert measure_loss(model, EXAMPLES, 259, 2, False).loss == plain
+    assert measure_loss(model, TOKENS, EXAMPLES, 259, 2, False).loss == plain
 
 
 def test_nothing_to_measure(llama):
-    with pytest.raises(RequestError, match="no token of the 1 examples is trained on"):
-        measure_loss(llama, [example(6, 6, 1)], 259, 2, False)
+    with pytest.raises(RequestError, match="nothing in the 1 examples is trained on"):
+        measure_loss(llama, TOKENS, [example(6, 6, 1)], 259, 2, False)
     with pytest.raises(RequestError, match="batch_size must be at least 1, not 0"):
-        measure_loss(llama, EXAMPLES, 259, 0, False)
+        measure_loss(llama, TOKENS, EXAMPLES, 259, 0, False)
 
 
 def test_a_broken_model_is_said_so(llama):
     with torch.no_grad():
         llama.lm_head.weight.fill_(float("nan"))
     with pytest.raises(WorkError, match="the loss is nan"):
-        measure_loss(llama, EXAMPLES, 259, 2, False)
+        measure_loss(llama, TOKENS, EXAMPLES, 259, 2, False)
 
 
 def test_an_enormous_loss_has_an_infinite_perplexity():

@@ -12,7 +12,7 @@ import torch
 from rankwise.errors import RequestError
 from rankwise.models import hub
 from rankwise.models.config import ModelConfig
-from rankwise.models.load import check_causal, load_config, load_model, load_tokenizer
+from rankwise.models.load import check_task, load_config, load_model, load_tokenizer
 from tests import tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -67,7 +67,7 @@ def test_without_network_and_cache_it_is_one_quick_quiet_line(monkeypatch, caplo
     cut_off(monkeypatch)
     started = time.perf_counter()
     with caplog.at_level(logging.INFO), pytest.raises(RequestError) as error:
-        check_causal(ModelConfig("nope", "cpu"))
+        check_task(ModelConfig("nope", "cpu"), "causal-lm")
     assert time.perf_counter() - started < 2
     assert error.value.message.startswith("model 'nope' is neither a folder here nor in the local Hub cache")
     assert caplog.records == [] and capfd.readouterr() == ("", "")
@@ -118,4 +118,4 @@ def test_a_revision_of_what_has_none(model_folder, monkeypatch, name):
 def test_an_encoder_is_said_to_be_one(tmp_path: Path):
     tiny.bert().save_pretrained(tmp_path)
     with pytest.raises(RequestError, match="is an encoder"):
-        check_causal(ModelConfig(str(tmp_path)))
+        check_task(ModelConfig(str(tmp_path)), "causal-lm")

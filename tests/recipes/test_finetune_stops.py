@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -26,7 +27,7 @@ from rankwise.recipes import resume as resume_module
 from rankwise.recipes.finetune import train
 from rankwise.train import objectives, state
 from rankwise.train.interrupt import Interrupted
-from rankwise.train.loop import Objective, Step
+from rankwise.train.loop import Step
 from rankwise.train.precision import Precision
 from rankwise.train.state import checkpoint_folders
 from tests.recipes.runs import adapter_bytes, interrupting, metrics, settings, unmeasured
@@ -194,7 +195,7 @@ def test_a_failing_run_keeps_its_last_checkpoint(files: Path, tmp_path: Path, mo
         calls.append(1)
         return objectives.TOKENS.losses(model, batch) * (float("nan") if len(calls) > 15 else 1.0)
 
-    monkeypatch.setitem(objectives.OBJECTIVES, "sft", Objective(losses, objectives.TOKENS.count))
+    monkeypatch.setitem(objectives.OBJECTIVES, "sft", dataclasses.replace(objectives.TOKENS, losses=losses))
     with pytest.raises(WorkError, match=r"step 5: the loss is nan.*last checkpoint.*step-3.*adapter\.from=") as error:
         train(settings(files, tmp_path / "out"), quiet=True)
     assert error.value.code == 1

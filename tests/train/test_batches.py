@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rankwise.train.batches import MicroBatches, RowOrder
+from rankwise.train.objectives import TOKENS
 from tests.train.rows import examples
 
 
@@ -29,7 +30,7 @@ def test_a_step_can_be_asked_for_on_its_own() -> None:
 @pytest.mark.parametrize("packing", [True, False])
 def test_micro_batches_hold_the_rows_of_the_step(packing: bool) -> None:
     rows = examples(9)
-    batches = MicroBatches(rows, RowOrder(9, 8, 16, seed=0), 3, 259, packing, torch.device("cpu"))
+    batches = MicroBatches(TOKENS, rows, RowOrder(9, 8, 16, seed=0), 3, 259, packing, torch.device("cpu"))
     made = batches(1)
     assert [batch.num_examples for batch in made] == [3, 3, 2]
     expected = [rows[row] for row in batches.order.rows(1)]
@@ -44,7 +45,7 @@ def test_micro_batches_hold_the_rows_of_the_step(packing: bool) -> None:
 def test_padded_rows_of_like_length_share_a_batch() -> None:
     rows = examples(40)
     order = RowOrder(40, 32, 64, seed=0)
-    made = MicroBatches(rows, order, 4, 259, False, torch.device("cpu"))(1)
+    made = MicroBatches(TOKENS, rows, order, 4, 259, False, torch.device("cpu"))(1)
     sorted_ = sum(batch.input_ids.numel() for batch in made)
     lengths = [len(rows[row].input_ids) for row in order.rows(1)]
     as_they_come = sum(4 * max(lengths[start : start + 4]) for start in range(0, 32, 4))

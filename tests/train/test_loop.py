@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -9,7 +11,8 @@ from rankwise.attach.inject import adapter_parameters, attach
 from rankwise.data.packing import collate
 from rankwise.errors import WorkError
 from rankwise.models.batch import Batch
-from rankwise.train.loop import LoopPlan, Objective, Progress, Step, accumulate, clip_gradients, fit
+from rankwise.train.loop import LoopPlan, Progress, Step, accumulate, clip_gradients, fit
+from rankwise.train.objective import Objective
 from rankwise.train.objectives import TOKENS
 from rankwise.train.optim import make_optimizer
 from rankwise.train.watch import LossWatch
@@ -138,7 +141,7 @@ def failing(loss: float) -> Objective:
     def losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         return TOKENS.losses(model, batch) * loss
 
-    return Objective(losses, TOKENS.count)
+    return dataclasses.replace(TOKENS, losses=losses)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -169,14 +172,14 @@ def test_a_micro_batch_without_a_label_is_passed_over() -> None:
 
 def test_a_loss_without_a_gradient_stops() -> None:
     model = adapted()
-    detached = Objective(lambda m, b: TOKENS.losses(m, b).detach(), TOKENS.count)
+    detached = dataclasses.replace(TOKENS, losses=lambda m, b: TOKENS.losses(m, b).detach())
     with pytest.raises(WorkError, match="does not depend on the adapter"):
         fit(model, optimizer_of(model), lambda step: split(8, True), detached, plan(1), Progress())
 
 
 def test_an_adapter_that_gets_no_gradient_stops() -> None:
     model = adapted()
-    zero = Objective(lambda m, b: TOKENS.losses(m, b) * 0, TOKENS.count)
+    zero = dataclasses.replace(TOKENS, losses=lambda m, b: TOKENS.losses(m, b) * 0)
     with pytest.raises(WorkError, match=r"no gradient reaches the adapter.*target_modules"):
         fit(model, optimizer_of(model), lambda step: split(8, True), zero, plan(1), Progress())
 

@@ -1,0 +1,48 @@
+"""What each objective needs of the model and of the rows; known without torch, so that a run file can be checked.
+
+To add an objective: a line here, and one in `objectives.py` that says how its losses are computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankwise.data.fields import ANSWERS, TEXTS
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one objective trains, and on what.
+
+    Args:
+        task: the model's head, a key of `rankwise.models.load.TASKS`.
+        task_type: PEFT's name for it, written into the adapter's config.
+        rows: the kind of row that it trains on (`Format.rows`).
+        layout: how a row becomes token sequences, a key of `rankwise.data.layouts.LAYOUTS`.
+        unit: what one loss is of; only a loss of tokens has a perplexity.
+        packs: whether the rows of a micro batch can lie end to end; where they can't, they are padded.
+        generates: whether rows ask for an answer that the model can write.
+    """
+
+    task: str
+    task_type: str
+    rows: str
+    layout: str = "whole"
+    unit: str = "token"
+    packs: bool = True
+    generates: bool = True
+
+
+NEEDS: dict[str, Needs] = {
+    "sft": Needs("causal-lm", "CAUSAL_LM", ANSWERS),
+    "text": Needs("causal-lm", "CAUSAL_LM", TEXTS, generates=False),
+}
+
+TO_COME = ("seq2seq", "classification", "token-classification", "embedding", "dpo")
+"""Names that are spoken for."""
+
+
+def remedy_for(rows: str) -> str:
+    """What to do with this kind of row: the objectives that train on it."""
+    names = [name for name, needs in NEEDS.items() if needs.rows == rows]
+    return f"use train.objective={' or '.join(names)}" if names else "no objective trains on these yet"

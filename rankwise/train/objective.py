@@ -1,0 +1,96 @@
+"""What an objective is: the seam between the loop, the data and the model.
+
+An objective turns examples into batches (`collate`), says how many losses a batch has (`count`), and computes them
+(`losses`). The loop knows nothing else: it adds up the losses of a step and divides by the step's count, so that k
+micro batches equal one, whatever is trained. Validation is the mean of the same losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rankwise import distributed
+from rankwise.data.example import Example
+from rankwise.train.needs import Needs
+
+
+class MicroBatch(Protocol):
+    """What the loop asks of a batch, whatever is in it (`rankwise.models.batch.Batch` is one)."""
+
+    @property
+    def num_examples(self) -> int:
+        """Data rows."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read, without padding."""
+        ...
+
+    @property
+    def num_trained(self) -> int:
+        """Losses that it has."""
+        ...
+
+
+class Meter:
+    """Means of what an objective sees beside its loss (accuracy, margin), between two readings.
+
+    `losses` adds to it; the loop reads it after each step, evaluation after its rows. So figures of training and of
+    validation never mix.
+    """
+
+    def __init__(self, names: tuple[str, ...] = ()) -> None:
+        self.names = names
+        self._sums = torch.zeros(len(names), 2, dtype=torch.float64)
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Takes one figure for each unit of a batch in, [n]."""
+        row = self._sums[self.names.index(name)]
+        row += torch.tensor([float(values.detach().double().sum()), values.numel()], dtype=torch.float64)
+
+    def pour(self, sums: dict[str, list[float]]) -> None:
+        """Adds sum and count of each figure to `sums`, over all processes, and starts afresh."""
+        if not self.names:
+            return
+        taken, self._sums = self._sums, torch.zeros_like(self._sums)
+        distributed.all_reduce_sum([taken])
+        for name, (total, count) in zip(self.names, taken.tolist(), strict=True):
+            before = sums.get(name, [0.0, 0.0])
+            sums[name] = [before[0] + total, before[1] + count]
+
+
+def means(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The mean of each figure that was seen at all, from `Meter.pour`."""
+    return {name: total / count for name, (total, count) in sums.items() if count}
+
+
+def num_trained(batch: MicroBatch) -> int:
+    """How many losses a batch will have, before anything is computed."""
+    return batch.num_trained
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the mean of `losses` over a step.
+
+    Args:
+        needs: of the model and of the rows.
+        losses: one loss for each trained unit (token, pair, row) of a micro batch, [num_trained], float32, with a
+            graph; takes the model and what `collate` made.
+        collate: examples, the pad token and whether to pack, to a micro batch on the CPU; it has a `.to(device)`.
+        count: how many losses that will be.
+        meter: what `losses` measures besides.
+    """
+
+    needs: Needs
+    losses: Callable[[PreTrainedModel, Any], Tensor]
+    collate: Callable[[Sequence[Example], int, bool], Any]
+    count: Callable[[Any], int] = num_trained
+    meter: Meter = field(default_factory=Meter)
