@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests import tiny
+from tests.processes import Processes
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +45,11 @@ def model_folder(tmp_path, llama, tokenizer) -> str:
     llama.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Iterator[Processes]:
+    """Called with a function and its arguments, gives its results in two processes that have met."""
+    processes = Processes(2)
+    yield processes
+    processes.stop()

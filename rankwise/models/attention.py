@@ -28,6 +28,7 @@ from rankwise.errors import RequestError
 from rankwise.models.batch import Batch
 from rankwise.models.probing import backbone, takes, undisturbed
 from rankwise.models.quiet import quietly
+from rankwise.models.sharding import inside_forward
 
 PackingMode = Literal["segments", "mask"]
 
@@ -146,6 +147,10 @@ def packing_mode(model: PreTrainedModel) -> PackingMode:
         return mode
     if model.config.is_encoder_decoder:
         raise _refusal(model, "it is an encoder-decoder model")
+    return inside_forward(model, lambda: _proven_mode(model))
+
+
+def _proven_mode(model: PreTrainedModel) -> PackingMode:
     restore_attention(model)
     rows, packed = _probe_batch(model)
     failures: list[str] = []

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from rankwise import distributed
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
 from rankwise.models.embedded import EMBEDDED, embedded_source
@@ -50,9 +51,13 @@ _TOKENIZER_FILES = (
 def choose_device(name: str) -> torch.device:
     """The device that `cpu`, `cuda`, `cuda:1`, `mps` or `auto` (CUDA, else MPS, else the CPU) names.
 
+    Of several processes each takes a GPU of its own, and MPS is none: it has no exchange between processes.
+
     Raises: RequestError when there is no such kind of device, or it is not in this machine.
     """
     there = _devices()
+    if distributed.launched_processes() > 1:
+        return _own_device(name, there)
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda:0", "mps", "cpu") if kind in there))
     match = re.fullmatch(r"(cpu|cuda|mps)(?::(\d+))?", name)
@@ -63,6 +68,26 @@ def choose_device(name: str) -> torch.device:
     if full not in there or (kind != "cuda" and int(index or 0) != 0):
         raise RequestError(f"model.device '{name}' is not available; this machine has {', '.join(there)}")
     return torch.device(full)
+
+
+def _own_device(name: str, there: list[str]) -> torch.device:
+    """The device of this one of several processes."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise RequestError(
+            f"model.device '{name}' can't be shared by {distributed.launched_processes()} processes; set it to cuda "
+            "(each process takes a GPU of its own), cpu or auto"
+        )
+    num_gpus = sum(device.startswith("cuda") for device in there)
+    if name == "cpu" or (name == "auto" and not num_gpus):
+        return torch.device("cpu")
+    own = f"cuda:{distributed.local_rank()}"
+    if own not in there:
+        raise RequestError(
+            f"model.device '{name}': process {distributed.local_rank() + 1} of this machine has no GPU of its own, "
+            f"there {'is' if num_gpus == 1 else 'are'} {num_gpus}; start --nproc-per-node {max(num_gpus, 1)}, or set "
+            "it to cpu"
+        )
+    return torch.device(own)
 
 
 def _devices() -> list[str]:

@@ -26,6 +26,7 @@ from rankwise.models.attention import forward_inputs
 from rankwise.models.batch import IGNORED, Batch
 from rankwise.models.head_loss import AS_IT_IS, CROSS_ENTROPY, LogitMap, LossTerms, head_losses, logit_losses
 from rankwise.models.probing import backbone, takes, undisturbed
+from rankwise.models.sharding import inside_forward
 
 LossPath = Literal["chunked", "plain"]
 
@@ -60,13 +61,17 @@ def token_losses(model: PreTrainedModel, batch: Batch, terms: LossTerms = CROSS_
     way = _way(model, batch)
     if way.path == "plain":
         return _plain_losses(model, inputs, trained, targets, terms)
-    hidden: Tensor = backbone(model)(**inputs)[0]
-    predicting = F.pad(trained, (0, 1)).flatten().nonzero().squeeze(1)
-    # Two-dimensional and contiguous: a frozen head copies itself for every row of a strided three-dimensional slice.
-    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predicting)
-    head = model.get_output_embeddings()
-    assert isinstance(head, nn.Module)
-    return head_losses(head, rows, targets, terms, way.logit_map)
+
+    def chunked() -> Tensor:
+        hidden: Tensor = backbone(model)(**inputs)[0]
+        predicting = F.pad(trained, (0, 1)).flatten().nonzero().squeeze(1)
+        # Two-dimensional and contiguous: a frozen head copies itself for every row of a strided 3-D slice.
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predicting)
+        head = model.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        return head_losses(head, rows, targets, terms, way.logit_map)
+
+    return inside_forward(model, chunked)  # of a model that is spread over processes, the head is whole only there
 
 
 def example_losses(model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, " E"], Int64[Tensor, " E"]]:
@@ -143,7 +148,9 @@ def _checked_map(model: PreTrainedModel, ids: Int64[Tensor, "1 T"]) -> LogitMap:
     logit_map = _map_between(model, seen["scores"], output.logits)
     if ids.shape[1] > 1 and output.loss is not None:
         with undisturbed(model):
-            found = head_losses(head, seen["hidden"][0, :-1], ids[0, 1:], CROSS_ENTROPY, logit_map).mean()
+            rows = seen["hidden"][0, :-1]
+            losses = inside_forward(model, lambda: head_losses(head, rows, ids[0, 1:], CROSS_ENTROPY, logit_map))
+            found = losses.mean()
         _check_loss(model, float(found), float(output.loss), output.logits[0, :-1], ids[0, 1:])
     return logit_map
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from rankwise import distributed
 from rankwise.adapters.low_rank import LowRankLayer
 from rankwise.attach.attachment import adapter_layers, need_attachment
 from rankwise.attach.inject import ranks as current_ranks
@@ -33,6 +34,8 @@ def set_ranks(
 ) -> dict[str, float]:
     """Sets the ranks of the named layers, in place. Returns each layer's relative Frobenius error: 0 for a growth.
 
+    Of several processes each calls it with the same ranks; what is drawn for new rows is the first one's.
+
     Parameters are replaced, so an optimiser over them must be given. Growth carries its state over; a layer that
     shrinks starts with fresh moments, and a log message says so.
 
@@ -50,6 +53,7 @@ def set_ranks(
         _check_state(optimizer)
     changes = {name: rank for name, rank in ranks.items() if rank != layers[name].rank}
     errors = {name: _resize(layers[name], name, rank, optimizer, generator) for name, rank in changes.items()}
+    distributed.broadcast_from(0, [p for name in changes for p in layers[name].parameters(recurse=False)])
     config = attachment.config
     explicit = {name: rank for name, rank in current_ranks(model).items() if name in ranks}
     attachment.config = config.with_(

@@ -100,7 +100,7 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     _rehearse(job)
     seed_everything(run.train.seed)
     if checkpoint is not None:
-        restore(checkpoint, model, optimizer)
+        restore(checkpoint, model, optimizer, run.train.seed)
         job.progress = copy.deepcopy(checkpoint.progress)
     for line in describe_run(run, precision, model, data, plan):
         say(line)

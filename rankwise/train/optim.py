@@ -7,7 +7,7 @@ names, never by position, so that a checkpoint does not depend on the order of p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +73,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, n
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    state: Mapping[str, Tensor],
+    kept: Container[str] | None = None,
 ) -> None:
-    """Puts back what `optimizer_state` gave.
+    """Puts back what `optimizer_state` gave; with `kept`, only of the parameters in it (the others' is checked).
 
     Raises: WorkError when a name or a shape does not fit the parameters.
     """
@@ -90,6 +93,8 @@ def load_optimizer_state(
                 f"the checkpoint's optimizer state '{full_name}' has shape {list(value.shape)}, "
                 f"the parameter {list(parameter.shape)}"
             )
+        if kept is not None and name not in kept:
+            continue
         # torch keeps the step count on the CPU, and the moments beside the parameter
         placed = value.clone() if value.ndim == 0 else value.to(parameter.device, parameter.dtype, copy=True)
         optimizer.state[parameter][key] = placed

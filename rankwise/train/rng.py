@@ -12,6 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PROCESS_STRIDE = 0x9E3779B97F4A7C15
+"""Seeds of the processes of one run lie so far apart (2**64 over the golden ratio): no two of them coincide."""
+
+
+def process_seed(seed: int, rank: int, step: int = 0) -> int:
+    """The seed of what process `rank` draws alone (dropout): `seed` itself for the first process of a new run.
+
+    `step`: after which a process without a saved state joins the run.
+    """
+    return (seed + PROCESS_STRIDE * rank + step) % 2**63
+
 
 def seed_everything(seed: int) -> None:
     """Seeds torch (all devices), numpy and Python's `random`."""

@@ -3,10 +3,12 @@ versions and number of threads.
 
     checkpoints/step-50/
         adapter/            PEFT's format, usable as it is
-        state.safetensors   adapter/<name>, optimizer/<name>/<state>, rng/<generator>
+        state.safetensors   adapter/<name>, optimizer/<name>/<state>, rng/<process>/<generator>
         state.json          progress, settings, SHA-256 of every other file, and of itself
 
-A checkpoint appears under its name only when it is whole; one that was damaged later is recognised by its hashes.
+A checkpoint appears under its name only when it is whole; one that was damaged later is recognised by its hashes. Of
+several processes the first writes it, shares of the optimizer's state and all generators included; any number of
+processes can go on from it.
 """
 
 from __future__ import annotations
@@ -24,13 +26,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rankwise import distributed
 from rankwise.attach.checkpoint import load_native_state, native_state, save_adapter
 from rankwise.attach.inject import adapter_parameters
 from rankwise.errors import WorkError
 from rankwise.files import replacing_folder, sha256_bytes, sha256_file
 from rankwise.train.loop import Progress
-from rankwise.train.optim import load_optimizer_state, optimizer_state
-from rankwise.train.rng import rng_state, set_rng_state
+from rankwise.train.optim import load_optimizer_state
+from rankwise.train.rng import process_seed, rng_state, seed_everything, set_rng_state
+from rankwise.train.shares import owned, whole_state
 from rankwise.train.watch import LossWatch
 
 FORMAT = 1
@@ -69,9 +73,20 @@ def save_checkpoint(
     Raises: WorkError when it cannot be written; the older checkpoints then stay.
     """
     folder = run_folder / CHECKPOINTS / f"step-{progress.step}"
+    tensors = _tensors(model, optimizer)
+    distributed.from_first(lambda: _write(folder, model, tensors, progress, settings))
+    if keep is not None and distributed.is_first():
+        for old in checkpoint_folders(run_folder)[:-keep]:
+            shutil.rmtree(old)
+    return Checkpoint(folder, progress, dict(settings))
+
+
+def _write(
+    folder: Path, model: PreTrainedModel, tensors: dict[str, Tensor], progress: Progress, settings: Mapping[str, Any]
+) -> None:
     with replacing_folder(folder) as temporary:
         save_adapter(model, temporary / ADAPTER)
-        (temporary / STATE).write_bytes(save(_tensors(model, optimizer)))
+        (temporary / STATE).write_bytes(save(tensors))
         record = {
             "format": FORMAT,
             "progress": asdict(progress),
@@ -80,17 +95,18 @@ def save_checkpoint(
         }
         record["sha256"] = _digest(record)
         (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    if keep is not None:
-        for old in checkpoint_folders(run_folder)[:-keep]:
-            shutil.rmtree(old)
-    return Checkpoint(folder, progress, dict(settings))
 
 
 def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the first process writes (nothing on the others), gathered from all of them: all must call it."""
+    generators = distributed.gathered_at_first(rng_state(model.device))
+    moments = whole_state(optimizer, adapter_parameters(model))
+    if generators is None:
+        return {}
     parts = {
         "adapter": native_state(model),
-        "optimizer": optimizer_state(optimizer, adapter_parameters(model)),
-        "rng": rng_state(model.device),
+        "optimizer": moments,
+        **{f"rng/{process}": state for process, state in enumerate(generators)},
     }
     return {
         f"{part}/{name}": tensor.detach().cpu().contiguous()
@@ -172,8 +188,10 @@ def drop_newer(run_folder: Path, step: int) -> None:
         shutil.rmtree(leftover)
 
 
-def restore(checkpoint: Checkpoint, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+def restore(checkpoint: Checkpoint, model: PreTrainedModel, optimizer: torch.optim.Optimizer, seed: int) -> None:
     """Puts the adapter, the optimizer and the random number generators where the checkpoint left them.
+
+    Where the run had fewer processes, those that are new take generators of their own from `seed`.
 
     Raises: WorkError when its tensors do not fit the attached model.
     """
@@ -182,5 +200,11 @@ def restore(checkpoint: Checkpoint, model: PreTrainedModel, optimizer: torch.opt
         part, _, name = full_name.partition("/")
         parts[part][name] = tensor
     load_native_state(model, parts["adapter"])
-    load_optimizer_state(optimizer, adapter_parameters(model), parts["optimizer"])
-    set_rng_state(parts["rng"], model.device)
+    parameters = adapter_parameters(model)
+    load_optimizer_state(optimizer, parameters, parts["optimizer"], owned(optimizer, parameters).keys())
+    prefix = f"{distributed.rank()}/"
+    generators = {n.removeprefix(prefix): state for n, state in parts["rng"].items() if n.startswith(prefix)}
+    if generators:
+        set_rng_state(generators, model.device)
+    else:
+        seed_everything(process_seed(seed, distributed.rank(), checkpoint.step))
