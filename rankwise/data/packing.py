@@ -65,10 +65,14 @@ def _row(values: list[int]) -> torch.Tensor:
     return torch.tensor([values], dtype=torch.int64)
 
 
-def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of the row numbers, the same on every machine for the same seed (>= 0) and epoch."""
-    words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_examples)
-    return np.argsort(words, kind="stable").tolist()
+def epoch_order(num_examples: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
+    """A permutation of the row numbers, [num_examples], the same on every machine for the same seed (>= 0) and epoch.
+
+    `stream`: another one gives another permutation for the same seed and epoch (0: none but these two count).
+    """
+    entropy = [seed, epoch, stream] if stream else [seed, epoch]
+    words = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(num_examples)
+    return np.argsort(words, kind="stable")
 
 
 def batches_of(order: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -24,13 +24,14 @@ from rankwise.recipes.finetune_report import describe_run
 from rankwise.recipes.provenance import data_hashes, provenance
 from rankwise.recipes.resume import check_length, check_settings, run_precision, training_settings
 from rankwise.recipes.run import RunConfig, StartFrom, check_task_type, with_section
-from rankwise.train.batches import MicroBatches, RowOrder
+from rankwise.train.batches import MicroBatches
 from rankwise.train.config import AUTO
 from rankwise.train.log import Say
 from rankwise.train.loop import LoopPlan, Progress
 from rankwise.train.objective import Objective
 from rankwise.train.objectives import objective_of
 from rankwise.train.optim import learning_rate, make_optimizer
+from rankwise.train.order import RowOrder
 from rankwise.train.precision import Precision
 from rankwise.train.recompute import enable_gradient_checkpointing
 from rankwise.train.rng import seed_everything, untouched

@@ -1,9 +1,4 @@
-"""Which rows are in which step, and the micro batches that they make.
-
-Rows come from an endless stream of epochs, each shuffled by the seed and its own number: step s takes rows
-(s - 1) * batch_size to s * batch_size of the stream. So the order depends on nothing but the seed, and a resumed run
-finds its place by its step alone.
-"""
+"""The micro batches that the rows of a step make."""
 
 from __future__ import annotations
 
@@ -13,36 +8,8 @@ import torch
 
 from rankwise import distributed
 from rankwise.data.example import Example
-from rankwise.data.packing import epoch_order
 from rankwise.train.objective import MicroBatch, Objective
-
-
-class RowOrder:
-    """The rows of each step.
-
-    Args:
-        num_examples: rows in an epoch.
-        batch_size: rows in a step.
-        num_rows: rows in the whole run; the last step is cut there.
-        seed: of the shuffling.
-    """
-
-    def __init__(self, num_examples: int, batch_size: int, num_rows: int, seed: int) -> None:
-        assert num_examples > 0
-        self.num_examples, self.batch_size, self.num_rows, self.seed = num_examples, batch_size, num_rows, seed
-        self._orders: dict[int, list[int]] = {}
-
-    def rows(self, step: int) -> list[int]:
-        """Indices of the examples in `step` (from 1), in the order of the stream."""
-        first = (step - 1) * self.batch_size
-        return [self._row(place) for place in range(first, min(first + self.batch_size, self.num_rows))]
-
-    def _row(self, place: int) -> int:
-        epoch, offset = divmod(place, self.num_examples)
-        if epoch not in self._orders:
-            # an order is as long as the data: only the current epoch's is kept
-            self._orders = {epoch: epoch_order(self.num_examples, self.seed, epoch)}
-        return self._orders[epoch][offset]
+from rankwise.train.order import RowOrder
 
 
 class MicroBatches:

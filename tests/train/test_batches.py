@@ -5,26 +5,10 @@ from collections import Counter
 import pytest
 import torch
 
-from rankwise.train.batches import MicroBatches, RowOrder
+from rankwise.train.batches import MicroBatches
 from rankwise.train.objectives import TOKENS
+from rankwise.train.order import RowOrder
 from tests.train.rows import examples
-
-
-def test_every_row_is_seen_once_an_epoch() -> None:
-    order = RowOrder(num_examples=10, batch_size=4, num_rows=30, seed=3)
-    seen = [row for step in range(1, 9) for row in order.rows(step)]
-    assert len(seen) == 30
-    for epoch in range(3):
-        assert sorted(seen[10 * epoch : 10 * epoch + 10]) == list(range(10))
-    assert len(order.rows(8)) == 2  # the last step is cut, so that three epochs are three epochs
-    assert seen[:10] != seen[10:20]
-
-
-def test_a_step_can_be_asked_for_on_its_own() -> None:
-    whole = RowOrder(7, 3, 100, seed=1)
-    steps = [whole.rows(step) for step in range(1, 20)]
-    assert RowOrder(7, 3, 100, seed=1).rows(17) == steps[16]
-    assert RowOrder(7, 3, 100, seed=2).rows(17) != steps[16]
 
 
 @pytest.mark.parametrize("packing", [True, False])
