@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from rankwise.adapters.base import AdapterLayer
 from rankwise.adapters.config import LoraConfig
 from rankwise.adapters.tokens import TokenRows
+from rankwise.attach.wide import is_narrow
 from rankwise.errors import RequestError
 
 ATTRIBUTE = "rankwise_attachment"
@@ -36,6 +37,8 @@ class Attachment(nn.Module):
         """Whether the adapter's folder held the whole embeddings (a changed vocabulary), and will again."""
         self.vocabulary_before: int | None = None
         """Rows of the plain model's embeddings, where loading has changed their number."""
+        self.head: dict[str, Any] | None = None
+        """What the folder's `head.json` says: names of classes, or how an embedding is pooled."""
         self.share_left_out = 0.0
         self.largest_left_out: list[str] = []
         self.exchanged: dict[str, bool] = {}
@@ -45,20 +48,24 @@ class Attachment(nn.Module):
         """Gives `x` back: an attached `nn.Sequential` calls all its children, and this is one."""
         return x
 
-    def exchange(self, model: nn.Module, name: str, trainable: bool) -> None:
+    def exchange(self, model: nn.Module, name: str, trainable: bool, widen: bool = False) -> None:
         """Puts a copy of `model`'s parameter or buffer `name` in its place and keeps the original.
 
-        Frozen copies of one shared original stay shared (tied embeddings); trained ones are each their own, as in PEFT.
+        With `widen` the copy of a bf16 or fp16 tensor is fp32. Frozen copies of one shared original stay shared (tied
+        embeddings); trained ones are each their own, as in PEFT.
         """
         slot, leaf = _slot(model, name)
         original = slot[leaf]
         twins = [other for other, trained in self.exchanged.items() if not trained and self.waiting(other) is original]
+        content = original.detach().clone()
+        if widen and is_narrow(content):
+            content = content.float()
         if twins and not trainable:
             copy = self.current(model, twins[0])
         elif isinstance(original, nn.Parameter):
-            copy = nn.Parameter(original.detach().clone(), requires_grad=trainable)
+            copy = nn.Parameter(content, requires_grad=trainable)
         else:
-            copy = original.detach().clone()
+            copy = content
         self.keep(f"original:{name}", original)
         slot[leaf] = copy
         self.exchanged[name] = trainable
@@ -177,14 +184,19 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     contents = [vars(module) for module in modules]
     contents += [d for module in modules for d in (module._modules, module._parameters, module._buffers)]
+    hooks = [d for module in modules for d in (module._forward_hooks, module._forward_pre_hooks)]
     if isinstance(model, PreTrainedModel):
         contents.append(vars(model.config.get_text_config()))
     before = [(content, dict(content)) for content in contents]
+    hooks_before = [(content, dict(content)) for content in hooks]
     parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
         for content, was in before:
+            content.clear()
+            content.update(was)
+        for content, was in hooks_before:
             content.clear()
             content.update(was)
         for parameter, data, requires_grad in parameters:

@@ -6,11 +6,12 @@ and the model stays as it was.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -39,6 +40,9 @@ from rankwise.files import replacing, replacing_folder
 Model = TypeVar("Model", bound=nn.Module)
 Path_ = str | os.PathLike[str]
 
+HEAD_FILE = "head.json"
+"""Beside PEFT's two files, for a head that is a riddle without it: names of classes, or an embedding's pooling."""
+
 
 # --- writing -------------------------------------------------------------------------------------------------------
 
@@ -46,26 +50,29 @@ Path_ = str | os.PathLike[str]
 def save_adapter(model: nn.Module, folder: Path_) -> None:
     """Writes PEFT's folder: `adapter_config.json` and `adapter_model.safetensors`. Other files in it stay.
 
+    Where the attachment says what its head means, that goes into `head.json`.
+
     Raises: RequestError when nothing is attached; WorkError for weights that are not finite or a disk that is full.
     """
     tensors = peft_tensors(model)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise WorkError(f"'{name}' holds values that are not finite; the adapter was not saved")
-    config = json.dumps(peft_config(model), indent=2, sort_keys=True)
+    head = need_attachment(model).head
     weights = save(peft_format.to_file(tensors), metadata={"format": "pt"})
-    target = Path(folder)
-    if target.exists():
-        with (
-            replacing(target / peft_format.WEIGHTS_FILE) as weights_file,
-            replacing(target / peft_format.CONFIG_FILE) as config_file,
-        ):  # neither is renamed before both are written
-            weights_file.write_bytes(weights)
-            config_file.write_text(config, encoding="utf-8")
-    else:
-        with replacing_folder(target) as temporary:
-            (temporary / peft_format.WEIGHTS_FILE).write_bytes(weights)
-            (temporary / peft_format.CONFIG_FILE).write_text(config, encoding="utf-8")
+    texts = {peft_format.CONFIG_FILE: json.dumps(peft_config(model), indent=2, sort_keys=True)}
+    if head is not None:
+        texts[HEAD_FILE] = json.dumps(head, indent=2, ensure_ascii=False)
+    target, names = Path(folder), (peft_format.WEIGHTS_FILE, *texts)
+    with contextlib.ExitStack() as stack:  # none is renamed before all are written
+        if target.exists():
+            places = {name: stack.enter_context(replacing(target / name)) for name in names}
+        else:
+            temporary = stack.enter_context(replacing_folder(target))
+            places = {name: temporary / name for name in names}
+        places[peft_format.WEIGHTS_FILE].write_bytes(weights)
+        for name, text in texts.items():
+            places[name].write_text(text, encoding="utf-8")
 
 
 def peft_config(model: nn.Module) -> dict[str, object]:
@@ -142,6 +149,23 @@ def read_config(folder: Path_) -> LoraConfig:
     return peft_format.config_from_peft(fields, str(folder))
 
 
+def read_head(folder: Path_) -> dict[str, Any] | None:
+    """The content of `head.json`; None where there is none.
+
+    Raises: RequestError for one that can't be read.
+    """
+    path = Path(folder) / HEAD_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise RequestError(f"'{path}' can't be read: {error}") from None
+    if not isinstance(content, dict):
+        raise RequestError(f"'{path}' must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
 def read_tensors(folder: Path_) -> dict[str, Tensor]:
     """The adapter's tensors, under names relative to the model.
 
@@ -173,7 +197,7 @@ def load_adapter(model: Model, folder: Path_, trainable: bool = False) -> Model:
 
     Raises: RequestError, with the model as it was, when the folder does not fit its configuration or the model.
     """
-    config, tensors = read_config(folder), read_tensors(folder)
+    config, tensors, head = read_config(folder), read_tensors(folder), read_head(folder)
     attachment = need_active(model, "load an adapter") if attachment_of(model) is not None else None
     if attachment is not None and _same_layout(model, attachment, config, tensors):
         attachment.config = config.with_(target_modules=attachment.config.target_modules)
@@ -181,6 +205,7 @@ def load_adapter(model: Model, folder: Path_, trainable: bool = False) -> Model:
     else:
         with unchanged_on_error(model):
             _attach_saved(model, config, tensors, str(folder))
+    need_attachment(model).head = head
     for parameter in adapter_parameters(model).values():
         parameter.requires_grad_(trainable)
     return model

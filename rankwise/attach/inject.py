@@ -29,6 +29,7 @@ from rankwise.attach.attachment import (
 )
 from rankwise.attach.guards import guard_methods, unguard_methods
 from rankwise.attach.targets import (
+    HEADS,
     embedding_ends,
     find_targets,
     fits,
@@ -40,6 +41,7 @@ from rankwise.attach.targets import (
     with_task_heads,
 )
 from rankwise.attach.vocabulary import restore_vocabulary
+from rankwise.attach.wide import compute_as_before, compute_wide, is_narrow
 from rankwise.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -75,7 +77,8 @@ def inject(model: Model, config: LoraConfig, generator: torch.Generator | None, 
     layers.update(_token_rows(model, config, layers))
     _check_once(whole, layers)
     exchanged = _biases(model, config, [target.name for target in targets], strict=start)
-    exchanged += [f"{name}.{inside}" for name in whole for inside in model.get_submodule(name).state_dict()]
+    inside = [f"{name}.{part}" for name in whole for part in model.get_submodule(name).state_dict()]
+    exchanged += inside
     attachment = Attachment(_settled(model, config, [t.name for t in targets]), flags)
     attachment.share_left_out, attachment.largest_left_out = weight_share_left_out(model, targets)
     model.requires_grad_(False)
@@ -85,8 +88,11 @@ def inject(model: Model, config: LoraConfig, generator: torch.Generator | None, 
             parameter.requires_grad_(True)
     replace_modules(model, {layer.base: layer for layer in layers.values()})
     model.add_module(ATTRIBUTE, attachment)
+    heads = HEADS.get(config.task_type or "", ())
     for name in dict.fromkeys(exchanged):
-        attachment.exchange(model, name, trainable=True)
+        attachment.exchange(model, name, trainable=True, widen=bool(heads) and name in inside)
+    if heads and any(is_narrow(attachment.waiting(name)) for name in inside):
+        compute_wide(model, whole, heads)
     guard_methods(model)
     if attachment.share_left_out > 0.01:
         # with all-linear nobody expects it: experts, for one, are no linear layers
@@ -261,6 +267,9 @@ def merge_in(model: Model, dtype: torch.dtype | None = None, keep_tied: bool = F
             merged[change] = nn.Parameter(layer.merged_weight(dtype), requires_grad=False)
         layer.base.weight = merged[change]
     replace_modules(model, {layer: layer.base for layer in layers.values()})
+    for name in attachment.exchanged:  # an fp32 head on a narrower base becomes one of its parts
+        tensor = attachment.current(model, name)
+        tensor.data = tensor.data.to(attachment.waiting(name).dtype)
     _plain(model, attachment)
     if dtype is not None:
         model.to(dtype)
@@ -298,6 +307,7 @@ def _plain(model: nn.Module, attachment: Attachment) -> None:
     """Removes what `attach` added to the model itself."""
     del model._modules[ATTRIBUTE]
     unguard_methods(model)
+    compute_as_before(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(attachment.requires_grad_before.get(name, parameter.requires_grad))
 
