@@ -1,7 +1,8 @@
 """The contract of every adapter layer: a frozen `base` and a trainable change to it.
 
 Legend: o outputs of the layer, n inputs (for a convolution: channels times kernel; for an embedding: the vocabulary),
-r rank. `delta_weight` and `merged_weight` have the layout of `base.weight`, whatever that is.
+r rank. `delta_weight` and `merged_weight` have the layout of `base.weight`, whatever that is; how it is stored (8 or 4
+bits) is `rankwise.quantized`'s business.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rankwise import quantized
 from rankwise.errors import RequestError
 
 
@@ -47,6 +49,10 @@ class AdapterLayer(nn.Module, ABC):
         assert isinstance(weight, Tensor)
         return weight
 
+    def base_weight(self) -> Float[Tensor, "..."]:
+        """The base's weight as numbers: dequantised, in fp32, where it is stored in 8 or 4 bits. Not a copy."""
+        return quantized.dense_weight(self.base)
+
     @property
     def bias(self) -> Tensor | None:
         """The base's bias, if it has one."""
@@ -59,7 +65,7 @@ class AdapterLayer(nn.Module, ABC):
 
     @abstractmethod
     def delta_weight(self) -> Float[Tensor, "..."]:
-        """merged_weight - base.weight in fp32, in the layout of `base.weight`."""
+        """merged_weight - base_weight in fp32, in the layout of `base.weight`."""
 
     @abstractmethod
     def peft_parameters(self) -> dict[str, nn.Parameter]:
@@ -81,7 +87,10 @@ class AdapterLayer(nn.Module, ABC):
         return None
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> Float[Tensor, "..."]:
-        """base.weight with the change, in fp32 or wider, rounded once to `dtype` (the base's own by default)."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        merged = self.weight.detach().to(wide) + self.delta_weight().detach()
-        return merged.to(dtype or self.weight.dtype)
+        """The base's weight with the change, in fp32 or wider, rounded once to `dtype`.
+
+        By default that is the base's own, fp32 where it is stored in 8 or 4 bits.
+        """
+        weight = self.base_weight()
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.delta_weight().detach()
+        return merged.to(dtype or weight.dtype)

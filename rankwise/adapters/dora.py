@@ -41,7 +41,7 @@ class DoraLayer(LowRankLayer):
 
     def _directed(self) -> Float[Tensor, "o n"]:
         """W + s B A in fp32."""
-        return self.kind.matrix(self.weight.detach()).float() + self.delta()
+        return self.kind.matrix(self.base_weight()).float() + self.delta()
 
     @torch.no_grad()
     def _norm(self) -> Float[Tensor, " o"]:
@@ -59,7 +59,7 @@ class DoraLayer(LowRankLayer):
     @override
     def delta_weight(self) -> Float[Tensor, "..."]:
         gain = self.magnitude / self._norm()
-        delta = gain[:, None] * self._directed() - self.kind.matrix(self.weight.detach()).float()
+        delta = gain[:, None] * self._directed() - self.kind.matrix(self.base_weight()).float()
         return self.kind.weight(delta, self.base)
 
     @override

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
+from rankwise.quantized import weight_shape
+
 
 @dataclass(frozen=True)
 class LayerKind(ABC):
@@ -46,18 +48,18 @@ class LayerKind(ABC):
 
     def weight(self, matrix: Float[Tensor, "o n"], base: nn.Module) -> Tensor:
         """The inverse of `matrix`."""
-        assert isinstance(base.weight, Tensor)
-        return (matrix.T if self.transposed else matrix).reshape(base.weight.shape)
+        return (matrix.T if self.transposed else matrix).reshape(weight_shape(base))
 
-    def factor_shapes(self, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_shapes(self, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A, [r, n], and B, [o, r]; of a convolution [r, in, *kernel] and [o, r, *ones]."""
-        num_outputs, *inputs = weight.T.shape if self.transposed else weight.shape
+        shape = weight_shape(base)
+        num_outputs, *inputs = reversed(shape) if self.transposed else shape
         return (rank, *inputs), (num_outputs, rank, *(1 for _ in inputs[1:]))
 
 
 @final
 class LinearKind(LayerKind):
-    """`nn.Linear`, and transposed transformers' `Conv1D` (GPT-2)."""
+    """`nn.Linear`, also in 8 or 4 bits, and transposed transformers' `Conv1D` (GPT-2)."""
 
     @override
     def down(self, base: nn.Module, x: Tensor, A: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class LowRankLayer(AdapterLayer):
         self.alpha = config.lora_alpha
         self.use_rslora = config.use_rslora
         self.dropout = config.lora_dropout
-        shape_A, shape_B = kind.factor_shapes(self.weight, config.r)
+        shape_A, shape_B = kind.factor_shapes(base, config.r)
         self.lora_A = nn.Parameter(torch.empty(shape_A, device=self.weight.device))
         self.lora_B = nn.Parameter(torch.empty(shape_B, device=self.weight.device))
         self.register_buffer("start_A", None)
@@ -73,7 +73,7 @@ class LowRankLayer(AdapterLayer):
         name = start_name(config.init_lora_weights)
         request = StartRequest(
             self.lora_B.shape[0], self.lora_A[0].numel(), self.rank, self.scale,
-            matrix=lambda: self.kind.matrix(self.weight.detach()).float(),
+            matrix=lambda: self.kind.matrix(self.base_weight()).float(),
             generator=generator, iterations=start_iterations(config.init_lora_weights), layer=self._name,
         )  # fmt: skip
         start = STARTS[name]
@@ -135,7 +135,7 @@ class LowRankLayer(AdapterLayer):
 
     def _grown(self, rank: int, ratio: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor, float]:
         """New rows of A random, new columns of B zero, old columns rescaled by the ratio of the scales."""
-        shape_A, shape_B = self.kind.factor_shapes(self.weight, rank - self.rank)
+        shape_A, shape_B = self.kind.factor_shapes(self.base, rank - self.rank)
         bound = 1.0 / math.sqrt(self.lora_A[0].numel())
         rows = torch.empty(shape_A).uniform_(-bound, bound, generator=generator).to(self.lora_A)
         columns = self.lora_B.new_zeros(shape_B)
@@ -155,5 +155,5 @@ class LowRankLayer(AdapterLayer):
         new_B = (Qb @ U[:, :rank]) * S[:rank] * (ratio / row_norm)
         whole = float(torch.linalg.norm(S))
         error = float(torch.linalg.norm(S[rank:])) / whole if whole else 0.0
-        shape_A, shape_B = self.kind.factor_shapes(self.weight, rank)
+        shape_A, shape_B = self.kind.factor_shapes(self.base, rank)
         return new_A.reshape(shape_A).to(self.lora_A), new_B.reshape(shape_B).to(self.lora_B), error

@@ -41,6 +41,8 @@ class Attachment(nn.Module):
         """What the folder's `head.json` says: names of classes, or how an embedding is pooled."""
         self.share_left_out = 0.0
         self.largest_left_out: list[str] = []
+        self.unpacked: list[nn.Module] = []
+        """4-bit layers that may repack their weights once the adapter is gone (see `rankwise.quantized`)."""
         self.exchanged: dict[str, bool] = {}
         """Full names of the exchanged parameters and buffers, in order, and whether they are trained."""
 

@@ -36,6 +36,7 @@ from rankwise.attach.targets import alpha_in, rank_in
 from rankwise.attach.vocabulary import embedding_names, embedding_tensors, resize_vocabulary, take_embedding
 from rankwise.errors import RequestError, WorkError
 from rankwise.files import replacing, replacing_folder
+from rankwise.quantized import unpack
 
 Model = TypeVar("Model", bound=nn.Module)
 Path_ = str | os.PathLike[str]
@@ -203,6 +204,7 @@ def load_adapter(model: Model, folder: Path_, trainable: bool = False) -> Model:
         attachment.config = config.with_(target_modules=attachment.config.target_modules)
         _copy(file_tensors(model), tensors)
     else:
+        unpack(model)
         with unchanged_on_error(model):
             _attach_saved(model, config, tensors, str(folder))
     need_attachment(model).head = head

@@ -76,13 +76,20 @@ GUARDS: dict[str, Callable[..., Any]] = {
 }
 
 
+HAS_ADAPTER = "_hf_peft_config_loaded"
+"""transformers' own mark on a model that has an adapter inside, whoever put it there: Trainer refuses to train a model
+in 8 or 4 bits without it."""
+
+
 def guard_methods(model: nn.Module) -> None:
-    """Puts the guards in front of the methods of a transformers model."""
+    """Puts the guards in front of the methods of a transformers model, and the mark on one in 8 or 4 bits."""
     if isinstance(model, PreTrainedModel):
         vars(model).update({name: partial(function, model) for name, function in GUARDS.items()})
+        if vars(model).get("is_quantized", False):
+            vars(model)[HAS_ADAPTER] = True
 
 
 def unguard_methods(model: nn.Module) -> None:
     """Takes them away again."""
-    for name in GUARDS:
+    for name in (*GUARDS, HAS_ADAPTER):
         vars(model).pop(name, None)

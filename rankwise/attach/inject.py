@@ -43,6 +43,17 @@ from rankwise.attach.targets import (
 from rankwise.attach.vocabulary import restore_vocabulary
 from rankwise.attach.wide import compute_as_before, compute_wide, is_narrow
 from rankwise.errors import RequestError
+from rankwise.quantized import (
+    allow_packing,
+    dense_weight,
+    forget_quantization,
+    is_quantized,
+    keep_unpacked,
+    num_weights,
+    plain_layer,
+    storage_of,
+    unpack,
+)
 
 log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,6 +67,7 @@ def attach(model: Model, config: LoraConfig, generator: torch.Generator | None =
     Raises: RequestError, with the model as it was, for targets that match nothing or can't be adapted, or a model that
         is attached already.
     """
+    unpack(model)
     with unchanged_on_error(model):
         return inject(model, config, generator, start=True)
 
@@ -66,6 +78,7 @@ def inject(model: Model, config: LoraConfig, generator: torch.Generator | None, 
     config = with_task_heads(config)
     targets = find_targets(model, config, strict=start)
     whole = modules_to_save(model, config, strict=start)
+    _refuse_quantized(model, whole, "modules_to_save")
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     layers: dict[str, AdapterLayer] = {}
     for target in targets:
@@ -80,6 +93,7 @@ def inject(model: Model, config: LoraConfig, generator: torch.Generator | None, 
     inside = [f"{name}.{part}" for name in whole for part in model.get_submodule(name).state_dict()]
     exchanged += inside
     attachment = Attachment(_settled(model, config, [t.name for t in targets]), flags)
+    attachment.unpacked = keep_unpacked(model)
     attachment.share_left_out, attachment.largest_left_out = weight_share_left_out(model, targets)
     model.requires_grad_(False)
     for layer in layers.values():
@@ -144,6 +158,7 @@ def _token_rows(model: nn.Module, config: LoraConfig, layers: Mapping[str, Adapt
             )
         wanted = {next(name for name, module in modules.items() if module is first): wanted}
     refuse_unmatched("trainable_token_indices", wanted, modules)
+    _refuse_quantized(model, [name for name in modules if fits(list(wanted), name)], "trainable_token_indices")
     found: dict[str, TokenRows] = {}
     for name, indices in [(name, wanted[entry]) for entry in wanted for name in modules if fits([entry], name)]:
         if name in layers:
@@ -158,6 +173,16 @@ def _token_rows(model: nn.Module, config: LoraConfig, layers: Mapping[str, Adapt
                 raise RequestError(f"'{tied_name}' is tied to '{name}' with trainable rows and can't be a target too")
             found[tied_name] = TokenRows(tied, indices, tied_name, source=found[name])
     return found
+
+
+def _refuse_quantized(model: nn.Module, names: list[str], option: str) -> None:
+    for name in names:
+        for inner, module in model.get_submodule(name).named_modules(prefix=name):
+            if (storage := storage_of(module)) is not None:
+                raise RequestError(
+                    f"{option} names '{name}', whose weight '{inner}.weight' is stored in {storage} and can't be "
+                    f"trained; load it plain (BitsAndBytesConfig: llm_int8_skip_modules=['{name}']), or leave it out"
+                )
 
 
 def _check_once(whole: list[str], layers: Mapping[str, AdapterLayer]) -> None:
@@ -240,6 +265,7 @@ def detach(model: Model) -> Model:
     attachment.swap(model)
     replace_modules(model, {layer: layer.base for layer in adapter_layers(model).values()})
     _plain(model, attachment)
+    allow_packing(attachment.unpacked)
     restore_vocabulary(model, attachment)
     return model
 
@@ -249,7 +275,8 @@ def merge_in(model: Model, dtype: torch.dtype | None = None, keep_tied: bool = F
     """Folds the adapter into the weights, in place: the plain model again, changed. Computed in fp32, rounded once.
 
     An adapted weight that another module shares (tied embeddings) is untied, and the configuration says so; with
-    `keep_tied` that is refused instead. `dtype`: of the whole merged model (the base's own by default).
+    `keep_tied` that is refused instead. `dtype`: of the whole merged model (the base's own by default). A base in 8 or
+    4 bits becomes an ordinary model of dequantised layers, the adapted ones and the others.
 
     Raises: RequestError when nothing is attached, when `keep_tied` can't be kept, or inside `disabled`.
     """
@@ -261,15 +288,25 @@ def merge_in(model: Model, dtype: torch.dtype | None = None, keep_tied: bool = F
             f"'{shared[0]}' is tied to another module, and merging changes only one of them: merge without keep_tied"
         )
     merged: dict[nn.Module | nn.Parameter, nn.Parameter] = {}
+    plain: dict[Any, nn.Module] = {}
     for layer in layers.values():
+        if is_quantized(layer.base):
+            plain[layer] = plain_layer(layer.base, layer.merged_weight(dtype or _float_dtype(model)))
+            continue
         change = _change_of(layer)
         if change not in merged:
             merged[change] = nn.Parameter(layer.merged_weight(dtype), requires_grad=False)
         layer.base.weight = merged[change]
-    replace_modules(model, {layer: layer.base for layer in layers.values()})
+        plain[layer] = layer.base
+    wrapped = {layer.base for layer in layers.values()}
+    for module in model.modules():
+        if is_quantized(module) and module not in wrapped:
+            plain[module] = plain_layer(module, dense_weight(module, dtype or _float_dtype(model)))
+    replace_modules(model, plain)
     for name in attachment.exchanged:  # an fp32 head on a narrower base becomes one of its parts
         tensor = attachment.current(model, name)
         tensor.data = tensor.data.to(attachment.waiting(name).dtype)
+    forget_quantization(model)
     _plain(model, attachment)
     if dtype is not None:
         model.to(dtype)
@@ -277,6 +314,12 @@ def merge_in(model: Model, dtype: torch.dtype | None = None, keep_tied: bool = F
         model.config.tie_word_embeddings = False
         model.config.get_text_config().tie_word_embeddings = False
     return model
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a quantised model's weights that are plain numbers; fp32 where there are none."""
+    found = [p.dtype for _, module, p in plain_parameters(model) if p.dtype.is_floating_point and p.dim() > 1]
+    return found[0] if found else torch.float32
 
 
 def _change_of(layer: AdapterLayer) -> nn.Module | nn.Parameter:
@@ -316,7 +359,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """Counts for people and reports: `layers`, `parameters`, `share_of_model`, `share_left_out`, `largest_left_out`."""
     attachment = need_attachment(model)
     trainable = sum(parameter.numel() for parameter in adapter_parameters(model).values())
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    whole = sum(num_weights(parameter) for parameter in model.parameters())
     return {
         "layers": len(ranks(model)),
         "parameters": trainable,

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from rankwise.adapters.config import ALL_LINEAR, LoraConfig
 from rankwise.adapters.layers import LAYER_KINDS, LayerKind, layer_kind
 from rankwise.errors import RequestError, did_you_mean
+from rankwise.quantized import foreign_storage, num_weights
 
 CLASSIFIER_HEADS = ("classifier", "score")
 """Heads that PEFT trains with task types SEQ_CLS and TOKEN_CLS."""
@@ -135,10 +136,10 @@ def weight_share_left_out(model: nn.Module, targets: list[Target]) -> tuple[floa
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or id(parameter) in ends:
             continue
-        whole += parameter.numel()
+        whole += num_weights(parameter)
         if id(parameter) not in covered:
             short = re.sub(r"\.\d+\.", ".*.", name)
-            left[short] = left.get(short, 0) + parameter.numel()
+            left[short] = left.get(short, 0) + num_weights(parameter)
     largest = sorted(left, key=lambda name: -left[name])[:4]
     return (sum(left.values()) / whole if whole else 0.0), largest
 
@@ -271,6 +272,11 @@ def _target(config: LoraConfig, name: str, module: nn.Module) -> Target:
     if kind is None:
         supported = ", ".join(cls.__name__ for cls in LAYER_KINDS)
         raise RequestError(f"'{name}' is a {type(module).__name__}, which can't be adapted; target one of {supported}")
+    if (storage := foreign_storage(module)) is not None:
+        raise RequestError(
+            f"'{name}' ({type(module).__name__}) is stored as {storage}, which can't be adapted; "
+            "exclude it, or load the model unquantised or through bitsandbytes (Linear8bitLt, Linear4bit)"
+        )
     return Target(name, module, kind, rank_in(config, name), alpha_in(config, name))
 
 

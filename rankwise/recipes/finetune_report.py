@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from transformers import PreTrainedModel
@@ -56,7 +57,10 @@ def _too_high_ranks(run: RunConfig, model: PreTrainedModel) -> list[str]:
     found: Counter[str] = Counter()
     for name, layer in adapter_layers(model).items():
         kind = layer_kind(layer.base)
-        if layer.rank and kind is not None and layer.rank > (side := min(kind.matrix(layer.weight).shape)):
+        if not layer.rank or kind is None:
+            continue
+        (_, *inputs), (num_outputs, *_) = kind.factor_shapes(layer.base, layer.rank)
+        if layer.rank > (side := min(math.prod(inputs), num_outputs)):
             found[f"{name.rpartition('.')[2]} (rank {layer.rank}, smaller side {side})"] += 1
     if not found:
         return []
