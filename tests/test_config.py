@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from rankwise import config as config_module
 from rankwise.config import build
 from rankwise.errors import RequestError
 
@@ -56,3 +57,18 @@ def test_null_is_a_wrong_type_too(name):
 @pytest.mark.parametrize("name", ["length", "rows"])
 def test_null_is_a_value_where_the_type_has_it(name):
     assert getattr(build(Settings, {name: None}, "train"), name) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "exact"),
+    [
+        (3, int, True), (True, int, False), (3, float, False), (3.0, float, True), ("3", str, True), ("3", int, False),
+        (3, int | str | None, True), ("3", int | str | None, False), ("a", str | None, True),
+        ("a", str | list[str], False),
+        (["a"], str | list[str], True), (["a", 3], list[str], False), ({"a": 3}, dict[str, int], True),
+        ({"a": True}, dict[str, int], False), ({3: 3}, dict[str, int], False), (True, bool | str, True),
+        (2.0, int | float, False), ((1.0, 2.0), tuple[float, float], False), (1, bool, False),
+    ],
+)  # fmt: skip
+def test_only_what_is_beyond_doubt_passes_without_the_parser(value, kind, exact):
+    assert config_module._is_exactly(value, kind) == exact

@@ -45,6 +45,8 @@ class Attachment(nn.Module):
         """4-bit layers that may repack their weights once the adapter is gone (see `rankwise.quantized`)."""
         self.exchanged: dict[str, bool] = {}
         """Full names of the exchanged parameters and buffers, in order, and whether they are trained."""
+        self._places: dict[str, tuple[dict[str, Tensor], str]] | None = None
+        """Where the layers' parameters are, by their names in PEFT's file: the layer's own dict, and the key there."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Gives `x` back: an attached `nn.Sequential` calls all its children, and this is one."""
@@ -71,6 +73,19 @@ class Attachment(nn.Module):
         self.keep(f"original:{name}", original)
         slot[leaf] = copy
         self.exchanged[name] = trainable
+
+    def saved_parameters(self, model: nn.Module) -> dict[str, Tensor]:
+        """The adapter layers' parameters by their names in PEFT's file, without a walk through the model.
+
+        The layers are found once; a parameter that was replaced since (a growth of ranks) is the one found.
+        """
+        if self._places is None:
+            self._places = {
+                f"{name}.{key}": _place(layer, parameter)
+                for name, layer in adapter_layers(model).items()
+                for key, parameter in layer.peft_parameters().items()
+            }
+        return {name: slot[leaf] for name, (slot, leaf) in self._places.items()}
 
     def swap(self, model: nn.Module) -> None:
         """Exchanges copies and originals; twice is as nothing."""
@@ -112,6 +127,12 @@ def _slot(model: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
         owner = cast(nn.Module, base_of(owner)._modules[part])
     owner = base_of(owner)
     return cast(dict[str, Tensor], owner._parameters if leaf in owner._parameters else owner._buffers), leaf
+
+
+def _place(layer: nn.Module, parameter: nn.Parameter) -> tuple[dict[str, Tensor], str]:
+    """Which of the layer's own parameters this is."""
+    own = cast(dict[str, Tensor], layer._parameters)
+    return own, next(leaf for leaf, tensor in own.items() if tensor is parameter)
 
 
 def base_of(module: nn.Module) -> nn.Module:

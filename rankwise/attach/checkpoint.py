@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -34,6 +33,7 @@ from rankwise.attach.attachment import (
 from rankwise.attach.inject import adapter_parameters, adapter_tensors, detach, inject
 from rankwise.attach.targets import alpha_in, rank_in
 from rankwise.attach.vocabulary import embedding_names, embedding_tensors, resize_vocabulary, take_embedding
+from rankwise.attach.weights_file import read_weights
 from rankwise.errors import RequestError, WorkError
 from rankwise.files import replacing, replacing_folder
 from rankwise.quantized import unpack
@@ -121,9 +121,7 @@ def peft_tensors(model: nn.Module) -> dict[str, Tensor]:
 def file_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's own tensors under the names that PEFT's file has for them, relative to the model. Not copies."""
     attachment = need_attachment(model)
-    found: dict[str, Tensor] = {}
-    for name, layer in adapter_layers(model).items():
-        found.update({f"{name}.{key}": parameter for key, parameter in layer.peft_parameters().items()})
+    found = attachment.saved_parameters(model)
     for name in attachment.exchanged:
         found[file_name(model, name)] = attachment.current(model, name)
     return found
@@ -180,14 +178,11 @@ def read_tensors(folder: Path_) -> dict[str, Tensor]:
                 "have it saved as safetensors (PEFT's default)"
             )
         raise RequestError(f"'{folder}' has no {peft_format.WEIGHTS_FILE}")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RequestError(f"'{path}' is torn or not a safetensors file: {error}") from None
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise RequestError(f"'{name}' in '{path}' holds values that are not finite; the adapter is broken")
-    return peft_format.from_file(tensors, str(path))
+    weights = read_weights(path)
+    broken = weights.not_finite()
+    if broken is not None:
+        raise RequestError(f"'{broken}' in '{path}' holds values that are not finite; the adapter is broken")
+    return peft_format.from_file(weights.tensors, str(path))
 
 
 def load_adapter(model: Model, folder: Path_, trainable: bool = False) -> Model:
@@ -200,15 +195,19 @@ def load_adapter(model: Model, folder: Path_, trainable: bool = False) -> Model:
     """
     config, tensors, head = read_config(folder), read_tensors(folder), read_head(folder)
     attachment = need_active(model, "load an adapter") if attachment_of(model) is not None else None
-    if attachment is not None and _same_layout(model, attachment, config, tensors):
+    if attachment is not None and _same_layout(own := file_tensors(model), attachment, config, tensors):
         attachment.config = config.with_(target_modules=attachment.config.target_modules)
-        _copy(file_tensors(model), tensors)
+        _copy(own, tensors)
+        parameters: Iterable[Tensor] = attachment.saved_parameters(model).values()
+        if attachment.exchanged:
+            parameters = adapter_parameters(model).values()
     else:
         unpack(model)
         with unchanged_on_error(model):
             _attach_saved(model, config, tensors, str(folder))
+        parameters = adapter_parameters(model).values()
     need_attachment(model).head = head
-    for parameter in adapter_parameters(model).values():
+    for parameter in parameters:
         parameter.requires_grad_(trainable)
     return model
 
@@ -230,7 +229,9 @@ def _attach_saved(model: nn.Module, config: LoraConfig, tensors: dict[str, Tenso
     _copy(own, tensors)
 
 
-def _same_layout(model: nn.Module, attachment: Attachment, config: LoraConfig, tensors: Mapping[str, Tensor]) -> bool:
+def _same_layout(
+    own: Mapping[str, Tensor], attachment: Attachment, config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> bool:
     """Whether the attached layers are those of `config`, by what they save and compute: its tensors can be copied in.
 
     A start that is subtracted (PiSSA) belongs to the layers, so both must have none; whole embeddings are looked at
@@ -239,8 +240,8 @@ def _same_layout(model: nn.Module, attachment: Attachment, config: LoraConfig, t
     mine = attachment.config
     if {start_name(mine.init_lora_weights), start_name(config.init_lora_weights)} & TAKEN_FROM_BASE:
         return False
-    own = {name: tensor.shape for name, tensor in file_tensors(model).items()}
-    if attachment.holds_embeddings or own != {name: tensor.shape for name, tensor in tensors.items()}:
+    shapes = {name: tensor.shape for name, tensor in own.items()}
+    if attachment.holds_embeddings or shapes != {name: tensor.shape for name, tensor in tensors.items()}:
         return False
     return _layout(mine) == _layout(config)
 
@@ -278,8 +279,8 @@ def _some(names: Iterable[str], most: int = 3) -> str:
 
 @torch.no_grad()
 def _copy(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    for name, tensor in own.items():
-        tensor.copy_(given[name])
+    # one call for all: a loop in Python costs as much again as the copying
+    torch._foreach_copy_(list(own.values()), [given[name] for name in own])
 
 
 # --- native state --------------------------------------------------------------------------------------------------

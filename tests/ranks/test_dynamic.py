@@ -126,3 +126,19 @@ def test_an_optimiser_with_unknown_state_is_refused(cls, key):
         set_ranks(model, {Q0: 8}, optimizer=optimizer)
     assert ranks(model)[Q0] == 4
     step(model, optimizer, 1)
+
+
+def test_a_swap_after_a_growth_reaches_the_grown_parameters(tmp_path):
+    """The map from file names to parameters is made once, and the parameters are replaced since."""
+    model, optimizer = trained()
+    save_adapter(model, tmp_path / "small")
+    load_adapter(model, tmp_path / "small", trainable=True)
+    set_ranks(model, {Q0: 9}, optimizer=optimizer)
+    step(model, optimizer, 4)
+    save_adapter(model, tmp_path / "grown")
+    wanted, layer = logits(model), model.get_submodule(Q0)
+    step(model, optimizer, 5)
+    assert not torch.equal(logits(model), wanted)
+    load_adapter(model, tmp_path / "grown")
+    assert model.get_submodule(Q0) is layer, "swapped in place"
+    assert torch.equal(logits(model), wanted) and not layer.lora_A.requires_grad
