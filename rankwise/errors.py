@@ -20,6 +20,11 @@ class RankwiseError(Exception):
         """The text, in one line."""
         return " ".join(str(self).split())
 
+    @property
+    def details(self) -> list[str]:
+        """Lines that are printed before the message, where there is more to say than one line holds."""
+        return []
+
 
 class RequestError(RankwiseError, ValueError):
     """The request was wrong: a bad value, a missing file, a setting without effect. Exit code 2."""

@@ -122,6 +122,8 @@ def _answered(arguments: list[str], as_json: bool, pressed: Sequence[int]) -> in
     try:
         return _dispatch(arguments, as_json)
     except RankwiseError as error:
+        for line in error.details:
+            print(line, file=sys.stderr)
         return _fail(error.code, error.message, as_json)
     except KeyboardInterrupt:
         return _fail(1, "interrupted", as_json)

@@ -10,6 +10,10 @@ from rankwise.errors import RequestError, did_you_mean
 AUTO = "auto"
 PLAIN = "plain"
 COMPLETION = "completion"
+HUB_PREFIX = "hf:"
+"""Begins the name of a data set of the Hub, where a path may stand."""
+LINE = "line"
+PARAGRAPH = "paragraph"
 TEMPLATE_NAMES = (AUTO, PLAIN, COMPLETION)
 TEMPLATE_SUFFIX = ".jinja"
 LEAST_LENGTH = 2
@@ -17,17 +21,31 @@ LEAST_LENGTH = 2
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How files become rows: the settings of `DataConfig` of these names."""
+
+    format: str = AUTO
+    text_rows: str = LINE
+
+
+BY_KEYS = Reading()
+"""Each file's format is recognised by its keys."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Data files and their treatment.
 
     Args:
-        train, valid, test: JSONL files: a path, a pattern (`rows-*.jsonl`), or a list of these.
+        train, valid, test: data files: a path, a folder, a pattern (`rows-*.jsonl`), a data set of the Hub
+            (`hf:owner/name/split`), or a list of these.
         format: a name of `FORMATS`, or `auto`: recognised by the rows' keys, file by file.
         max_length: tokens a row may have; a longer one keeps its beginning.
         packing: examples of a micro batch lie end to end in one row instead of padded; same losses, less time. Not
             given: yes, where the objective can.
         chat_template: `auto` (the tokenizer's own, or `plain` when it has none), `plain` ("### User:" and so on),
             `completion` (the prompt, then its completion, nothing around them), or the path of a `.jinja` file.
+        text_rows: what a row of a `.txt` file is: a `line` that is not blank, or a `paragraph`, up to a blank line.
 
     Raises: RequestError for a value out of range, or a setting without effect.
     """
@@ -39,12 +57,13 @@ class DataConfig:
     max_length: int = 512
     packing: bool | None = None
     chat_template: str = AUTO
+    text_rows: str = LINE
 
     def __post_init__(self) -> None:
         for name in ("train", "valid", "test"):
             value = getattr(self, name)
             if value is not None and (not value or not all(paths_of(value))):
-                raise RequestError(f"data.{name} is {value!r}; give the path of a JSONL file, or a list of paths")
+                raise RequestError(f"data.{name} is {value!r}; give the path of a data file, or a list of paths")
         if self.format not in (AUTO, *FORMATS):
             raise RequestError(f"data.format can't be '{self.format}'{did_you_mean(self.format, (AUTO, *FORMATS))}")
         if self.max_length < LEAST_LENGTH:
@@ -54,8 +73,17 @@ class DataConfig:
                 f"data.chat_template can't be '{self.chat_template}'{did_you_mean(self.chat_template, TEMPLATE_NAMES)}"
                 f"; or give the path of a {TEMPLATE_SUFFIX} file"
             )
+        if self.text_rows not in (LINE, PARAGRAPH):
+            raise RequestError(
+                f"data.text_rows can't be '{self.text_rows}'{did_you_mean(self.text_rows, (LINE, PARAGRAPH))}"
+            )
         if self.format == "text" and self.chat_template != AUTO:
             raise RequestError(text_has_no_template(self.chat_template))
+
+    @property
+    def reading(self) -> Reading:
+        """How files become rows."""
+        return Reading(self.format, self.text_rows)
 
     @property
     def has_template_file(self) -> bool:

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rankwise.data.readers.records import type_name
+
+__all__ = ["ASSISTANT", "SYSTEM", "TEXT", "USER", "RowError", "Turn", "Turns", "filled", "optional", "string",
+           "type_name"]  # fmt: skip
+
 SYSTEM, USER, ASSISTANT, TEXT = "system", "user", "assistant", "text"
 ANSWERS, TEXTS = "answers", "whole texts"
 """Kinds of rows, as messages call them; an objective trains on one kind."""
@@ -24,14 +29,6 @@ Turns = tuple[Turn, ...]
 
 class RowError(Exception):
     """Why a row can't be used; it becomes a Problem with file and line."""
-
-
-def type_name(value: Any) -> str:
-    """A JSON value's type in words, with its article."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return names[type(value)]
 
 
 def string(row: Mapping[str, Any], key: str, shown: str | None = None) -> str:

@@ -117,12 +117,13 @@ _UNREAD = ("tool_calls", "tool_call_id", "function_call", "weight", "reasoning_c
 """Fields of a turn that would change what is trained; ignoring them in silence would train on something else."""
 
 
-def detect(rows: Sequence[tuple[int, Mapping[str, Any]]], file: str) -> tuple[str, str]:
+def detect(rows: Sequence[tuple[int, Mapping[str, Any]]], file: str, is_start: bool = False) -> tuple[str, str]:
     """The format of a file's rows and why: the one format whose fields at least half of the rows have.
 
     Args:
         rows: line number and row, of the lines that hold a JSON object.
         file: its name, for messages.
+        is_start: whether these are the first rows of more.
 
     Raises: RequestError when no format fits, or more than one does.
     """
@@ -131,7 +132,8 @@ def detect(rows: Sequence[tuple[int, Mapping[str, Any]]], file: str) -> tuple[st
     if len(found) == 1:
         name = found[0]
         keys = " and ".join(FORMATS[name].keys)
-        return name, f"{counts[name]} of {counted(len(rows), 'row')} {'has' if len(rows) == 1 else 'have'} {keys}"
+        total = f"{'the first ' if is_start else ''}{counted(len(rows), 'row')}"
+        return name, f"{counts[name]:,} of {total} {'has' if len(rows) == 1 else 'have'} {keys}"
     if found:
         line, keys = _shown(next((pair for pair in rows if FORMATS[found[1]].fits(pair[1])), rows[0]))
         fit = " and ".join(f"{name} ({counts[name]} of {counted(len(rows), 'row')})" for name in found)

@@ -26,7 +26,7 @@ def load_examples(
     Raises: BadRows with every row that can't be used; RequestError for files that can't be read, a format that can't
         be told, a template that can't be used, or when no row has a trained token.
     """
-    return load_rows(read_rows(paths, config.format), paths, tokenizer, config, layout)
+    return load_rows(read_rows(paths, config.reading), paths, tokenizer, config, layout)
 
 
 def load_rows(
@@ -90,7 +90,7 @@ def encode(
 
 def _notes(rows: Rows, template_notes: Sequence[str]) -> tuple[str, ...]:
     blank = (f"{counted(rows.num_blank, 'blank line')} skipped",) if rows.num_blank else ()
-    return (*blank, *template_notes)
+    return (*blank, *rows.notes, *template_notes)
 
 
 def _warnings(counts: Counts, config: DataConfig) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from rankwise.data.config import DataConfig
 from rankwise.data.example import Example, Loaded
 from rankwise.data.layouts import WHOLE
 from rankwise.data.loader import encode
-from rankwise.data.rows import Row, Rows, leak_warning, num_leaked, read_rows
+from rankwise.data.rows import Problem, Row, Rows, leak_warning, num_leaked, read_rows
 from rankwise.errors import counted
 
 SPLITS = ("train", "valid", "test")
@@ -36,7 +35,7 @@ def preview(
 
     Raises: RequestError for files that can't be read, a format that can't be told, or an unusable template.
     """
-    read = {name: read_rows(files, config.format) for name in SPLITS if (files := getattr(config, name)) is not None}
+    read = {name: read_rows(files, config.reading) for name in SPLITS if (files := getattr(config, name)) is not None}
     encoded = {name: encode(found, tokenizer, config, layout) for name, found in read.items()}
     splits = {name: _split(read[name], encoded[name][0]) for name in read}
     leaks = {name: num_leaked(found, read["train"]) for name, found in read.items() if name != "train"}
@@ -46,7 +45,7 @@ def preview(
     return {
         **splits["train"],
         "leaks": sum(leaks.values()),
-        "problems": [dataclasses.asdict(problem) for _, problems in encoded.values() for problem in problems],
+        "problems": [_problem(problem) for _, problems in encoded.values() for problem in problems],
         "warnings": _warnings(encoded, splits, leaks),
         "notes": list(dict.fromkeys(note for found, _ in encoded.values() for note in found.notes)),
         "examples": [_shown(example) for example in loaded.examples[:rows]],
@@ -67,6 +66,10 @@ def _split(read: Rows, loaded: Loaded) -> dict[str, Any]:
         "duplicates": _duplicates(read.rows),
         "lengths": _quantiles(lengths),
     }
+
+
+def _problem(problem: Problem) -> dict[str, Any]:
+    return {"file": problem.file, "line": problem.line, "reason": problem.reason}
 
 
 def _duplicates(rows: Sequence[Row]) -> int:

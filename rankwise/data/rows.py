@@ -1,49 +1,61 @@
-"""JSONL files to rows of canonical turns, with every bad line found in one pass.
+"""Files to rows of canonical turns, one at a time, with every row that can't be used found in one pass.
 
-Lines are read as bytes, so that a line that is not UTF-8 is a problem of that line and not of the file. Blank lines
-are skipped and counted; a byte order mark and CRLF line ends are accepted. Lines count from 1.
+The format of a file is recognised by its first `DETECT_ROWS` rows, which are all that is held of it. What can't be used
+is a `Problem` with file, line and reason, never an exception and never left out.
 """
 
 from __future__ import annotations
 
-import glob  # a pattern may be absolute, which Path.glob does not take
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from rankwise.data.config import AUTO
-from rankwise.data.formats import FORMATS, RowError, Turns, detect, type_name
-from rankwise.errors import RequestError, counted, did_you_mean
+from rankwise.data.config import AUTO, BY_KEYS, Reading
+from rankwise.data.formats import FORMATS, RowError, Turns, detect
+from rankwise.data.readers.records import Fault, Item, Record
+from rankwise.data.sources import Part, expand, parts
+from rankwise.errors import RequestError, counted
 
-_SHOWN_PROBLEMS = 5
-_OTHER_SUFFIXES = {".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".bz2", ".xz"}
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_UTF8_MARK = b"\xef\xbb\xbf"
+__all__ = ["BadRows", "Findings", "Problem", "Row", "Rows", "expand", "iter_rows", "leak_warning", "num_leaked",
+           "read_rows"]  # fmt: skip
+
+DETECT_ROWS = 1000
+SHOWN_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One line that can't be used, and why. Lines count from 1."""
+    """One line that can't be used, and why. Lines count from 1. `of_file`: nor can the rest of the file."""
 
     file: str
     line: int
     reason: str
+    of_file: bool = False
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
 class BadRows(RequestError):  # noqa: N818 (it is a list of them)
-    """Rows that can't be used: all of them, in `problems`; the message shows the first few."""
+    """Rows that can't be used: all of them in `problems`, the first in the message, the first twenty in `details`."""
 
     def __init__(self, problems: Sequence[Problem]):
         self.problems = list(problems)
-        shown = "; ".join(str(problem) for problem in self.problems[:_SHOWN_PROBLEMS])
-        rest = len(self.problems) - _SHOWN_PROBLEMS
-        more = f"; and {rest} more (`rankwise data preview` lists all)" if rest > 0 else ""
-        super().__init__(f"{counted(len(self.problems), 'bad row')}, correct or remove: {shown}{more}")
+        count = counted(len(self.problems), "bad row")
+        rest = f" (`rankwise data preview` lists all {len(self.problems):,})" if len(self.problems) > 1 else ""
+        first = "" if len(self.problems) == 1 else "first "
+        super().__init__(f"{count}, correct or remove: {first}{self.problems[0]}{rest}")
+
+    @property
+    def details(self) -> list[str]:
+        """A line for each problem, up to `SHOWN_PROBLEMS`."""
+        return problem_lines(self.problems)
+
+
+def problem_lines(problems: Sequence[Problem], most: int = SHOWN_PROBLEMS) -> list[str]:
+    """A line for each problem, and how many more there are."""
+    rest = len(problems) - most
+    return [str(problem) for problem in problems[:most]] + ([f"and {rest:,} more"] if rest > 0 else [])
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,19 @@ class Rows:
     format: str
     why: str
     num_blank: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Findings:
+    """What a pass over files finds beside their rows. It is complete when the pass is."""
+
+    formats: dict[str, None] = field(default_factory=dict)
+    """Names, in the order found."""
+    reasons: list[str] = field(default_factory=list)
+    """Why each file has its format."""
+    notes: list[str] = field(default_factory=list)
+    num_blank: int = 0
 
 
 def num_leaked(rows: Rows, training: Rows) -> int:
@@ -77,136 +102,75 @@ def leak_warning(split: str, count: int) -> str:
     return f"{split}: {counted(count, 'row')} also in the training files"
 
 
-def read_rows(paths: str | Sequence[str], format: str = AUTO) -> Rows:
+def read_rows(paths: str | Sequence[str], reading: Reading = BY_KEYS) -> Rows:
     """Reads all files. Bad lines are in `problems`: nothing is raised for them.
 
     Args:
-        paths: a path, a pattern, or a list of these.
-        format: a name of `FORMATS`, or `auto` to recognise each file by its keys.
+        paths: a path, a folder, a pattern, a data set of the Hub, or a list of these.
+        reading: their format, and what a row of a text file is.
 
-    Raises: RequestError for a missing file, one that is not JSONL, or rows whose format can't be told.
+    Raises: RequestError for a missing file, one whose kind can't be told, or rows whose format can't be.
     """
+    found = Findings()
     rows: list[Row] = []
     problems: list[Problem] = []
-    formats: dict[str, None] = {}
-    reasons: list[str] = []
-    num_blank = 0
-    files = expand(paths)
-    for file in files:
-        lines, bad, blank = _objects(file)
-        num_blank += blank
-        problems += bad
-        if not lines:
-            if not bad:
-                problems.append(Problem(file, 1, "the file has no rows"))
-            continue
-        name, why = detect(lines, file) if format == AUTO else (format, "as set")
-        formats[name] = None
-        reasons.append(f"{file}: {name} ({why})")
-        good, bad = _converted(lines, name, file)
-        rows += good
-        problems += bad
-    place = {file: index for index, file in enumerate(files)}
-    problems.sort(key=lambda problem: (place[problem.file], problem.line))
-    return Rows(tuple(rows), tuple(problems), ", ".join(formats), "; ".join(reasons), num_blank)
-
-
-def expand(paths: str | Sequence[str]) -> list[str]:
-    """The files that paths and patterns name, in the order given; a pattern's in the order of their names.
-
-    Raises: RequestError for what isn't there.
-    """
-    files: list[str] = []
-    for path in [paths] if isinstance(paths, str) else paths:
-        if Path(path).is_file():
-            files.append(path)
-        elif glob.has_magic(path):
-            found = glob.glob(path, recursive=True)  # noqa: PTH207
-            matches = sorted(match for match in found if Path(match).is_file())
-            if not matches:
-                raise RequestError(f"no data file matches '{path}'")
-            files += matches
-        elif Path(path).is_dir():
-            raise RequestError(f"data file '{path}' is a folder; name its files, as in '{path.rstrip('/')}/*.jsonl'")
+    for item in iter_rows(paths, found, reading):
+        if isinstance(item, Row):
+            rows.append(item)
         else:
-            folder = Path(path).parent
-            if not folder.is_dir():
-                raise RequestError(f"data file '{path}' does not exist; nor does its folder")
-            there = [item.name for item in folder.iterdir() if item.is_file()]
-            raise RequestError(f"data file '{path}' does not exist{did_you_mean(Path(path).name, sorted(there))}")
-    twice = next((file for file in files if files.count(file) > 1), None)
-    if twice is not None:
-        raise RequestError(f"data file '{twice}' is named twice; name it once")
-    return files
+            problems.append(item)
+    formats, why = ", ".join(found.formats), "; ".join(found.reasons)
+    return Rows(tuple(rows), tuple(problems), formats, why, found.num_blank, tuple(found.notes))
 
 
-def _objects(file: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[Problem], int]:
-    """The JSON objects of a file with their lines, its unreadable lines, and how many lines are blank."""
-    if Path(file).suffix.lower() in _OTHER_SUFFIXES:
-        raise RequestError(f"data file '{file}' is not JSONL, the only kind read yet; convert it to one object a line")
-    objects: list[tuple[int, Mapping[str, Any]]] = []
-    problems: list[Problem] = []
-    num_blank = 0
-    for line, content in _lines(file):
-        if not content.strip():
-            num_blank += 1
-            continue
-        try:
-            objects.append((line, _parsed(content)))
-        except RowError as reason:
-            problems.append(Problem(file, line, str(reason)))
-    if not objects and problems and _is_one_list(file):
-        raise RequestError(f"data file '{file}' is one JSON list; write one object a line instead (JSONL)")
-    return objects, problems, num_blank
+def iter_rows(paths: str | Sequence[str], found: Findings, reading: Reading = BY_KEYS) -> Iterator[Row | Problem]:
+    """As `read_rows`, one row or problem at a time, in the order of files and lines; `found` takes the rest.
+
+    Raises: as `read_rows`; for rows whose format can't be told once their file is reached.
+    """
+    for file in expand(paths, found.notes):
+        for part in parts(file, reading.text_rows):
+            yield from _part_rows(part, reading, found)
 
 
-def _lines(file: str) -> Iterator[tuple[int, bytes]]:
-    with open(file, "rb") as stream:
-        for line, content in enumerate(stream, start=1):
-            if line == 1:
-                if content.startswith(_UTF16_MARKS):
-                    raise RequestError(f"data file '{file}' is UTF-16; save it as UTF-8")
-                content = content.removeprefix(_UTF8_MARK)
-            yield line, content
+def _part_rows(part: Part, reading: Reading, found: Findings) -> Iterator[Row | Problem]:
+    items = part.items()
+    start: list[Item] = []
+    records: list[tuple[int, Mapping[str, Any]]] = []
+    for item in items:
+        start.append(item)
+        if isinstance(item, Record):
+            records.append((item.line, item.value))
+            if len(records) == DETECT_ROWS:
+                break
+    name = reading.format
+    if records:
+        is_start = len(records) == DETECT_ROWS
+        name, why = detect(records, part.name, is_start) if name == AUTO else (name, "as set")
+        found.formats[name] = None
+        found.reasons.append(f"{part.name}: {name} ({why}; {part.kind})")
+    elif not any(isinstance(item, Fault) for item in start):
+        yield Problem(part.name, 1, "the file has no rows", of_file=True)
+    del records
+    for item in _chained(start, items):
+        if item is None:
+            found.num_blank += 1
+        elif isinstance(item, Fault):
+            yield Problem(part.name, item.line, item.reason, item.ends_file)
+        else:
+            yield _row(part.name, item, name)
 
 
-def _parsed(content: bytes) -> Mapping[str, Any]:
+def _chained(start: list[Item], rest: Iterator[Item]) -> Iterator[Item]:
+    """The items of the start, let go of, then the rest."""
+    start.reverse()
+    while start:
+        yield start.pop()
+    yield from rest
+
+
+def _row(file: str, record: Record, format: str) -> Row | Problem:
     try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RowError(f"not UTF-8: byte 0x{content[error.start]:02X} at byte {error.start + 1} of the line") from None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RowError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise RowError(f"the line is {type_name(value)}, must be an object")
-    if b"\\ud" in content.lower():  # half of a surrogate pair is valid JSON, but no text
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            raise RowError("holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
-    return value
-
-
-def _is_one_list(file: str) -> bool:
-    content = Path(file).read_bytes().removeprefix(_UTF8_MARK).lstrip()
-    if not content.startswith(b"["):
-        return False
-    try:
-        return isinstance(json.loads(content), list)
-    except ValueError:
-        return False
-
-
-def _converted(lines: Sequence[tuple[int, Mapping[str, Any]]], name: str, file: str) -> tuple[list[Row], list[Problem]]:
-    rows: list[Row] = []
-    problems: list[Problem] = []
-    for line, value in lines:
-        try:
-            rows.append(Row(file, line, FORMATS[name].turns(value)))
-        except RowError as reason:
-            problems.append(Problem(file, line, str(reason)))
-    return rows, problems
+        return Row(file, record.line, FORMATS[format].turns(record.value))
+    except RowError as reason:
+        return Problem(file, record.line, str(reason))

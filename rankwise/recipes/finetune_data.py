@@ -75,7 +75,7 @@ def load_data(run: RunConfig) -> RunData:
         if paths is None:
             continue
         try:
-            read[split] = read_rows(paths, run.data.format)
+            read[split] = read_rows(paths, run.data.reading)
             if not read[split].problems:
                 check_objective(run.train.objective, split, read[split].format, read[split].why)
             loaded[split] = load_rows(read[split], paths, tokenizer, run.data, run.train.needs.layout)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import rankwise
 from rankwise.data.config import DataConfig
-from rankwise.data.rows import expand
+from rankwise.data.sources import content_hash, expand
 from rankwise.files import sha256_bytes, sha256_file
 from rankwise.models.hub import snapshot
 
@@ -24,7 +24,9 @@ def data_hashes(config: DataConfig) -> dict[str, dict[str, str]]:
     """SHA-256 of every file, by split (`train`, `valid`) and path. The `test` files are not read in training."""
     splits = {"train": config.train, "valid": config.valid}
     return {
-        name: {path: sha256_file(path) for path in expand(value)} for name, value in splits.items() if value is not None
+        name: {path: content_hash(path) for path in expand(value)}
+        for name, value in splits.items()
+        if value is not None
     }
 
 

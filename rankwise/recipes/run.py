@@ -18,7 +18,7 @@ import yaml
 
 from rankwise.adapters.config import LoraConfig
 from rankwise.config import build, checked_value, to_dict
-from rankwise.data.config import TEMPLATE_SUFFIX, DataConfig
+from rankwise.data.config import HUB_PREFIX, TEMPLATE_SUFFIX, DataConfig
 from rankwise.data.formats import FORMATS
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
@@ -291,7 +291,7 @@ def absolute_paths(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     def absolute(value: Any) -> Any:
         if isinstance(value, list):
             return [absolute(item) for item in value]
-        if not isinstance(value, str):
+        if not isinstance(value, str) or value.startswith(HUB_PREFIX):
             return value
         return os.path.normpath(folder / Path(value).expanduser())
 

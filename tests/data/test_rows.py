@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from rankwise.data.config import Reading
 from rankwise.data.formats import FORMATS
 from rankwise.data.rows import BadRows, Problem, expand, read_rows
 from rankwise.errors import RequestError
@@ -25,7 +26,7 @@ WORDS = {
 def test_every_fault_is_found_and_nothing_else(file, format):
     name = file.removeprefix("broken/").removeprefix("single/").split(".")[0]
     expected = {fault["line"]: fault for fault in FAULTS if fault["file"] == file}
-    rows = read_rows(str(FIXTURES / file), "auto" if format == "auto" else name)
+    rows = read_rows(str(FIXTURES / file), Reading("auto" if format == "auto" else name))
     assert [problem.line for problem in rows.problems] == sorted(expected)
     for problem in rows.problems:
         fault = expected[problem.line]
@@ -93,7 +94,7 @@ def test_lines_that_are_no_rows(tmp_path, line, words):
 def test_a_blank_file_is_a_problem(tmp_path, content):
     path = tmp_path / "blank.jsonl"
     path.write_bytes(content)
-    assert read_rows(str(path)).problems == (Problem(str(path), 1, "the file has no rows"),)
+    assert read_rows(str(path)).problems == (Problem(str(path), 1, "the file has no rows", of_file=True),)
 
 
 def test_a_file_of_bad_lines_only(tmp_path):
@@ -102,28 +103,12 @@ def test_a_file_of_bad_lines_only(tmp_path):
     assert [problem.line for problem in read_rows(str(path)).problems] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("rows.json", b'[{"text": "x"},\n {"text": "y"}]', "one JSON list; write one object a line"),
-        ("rows.jsonl", '{"text": "x"}'.encode("utf-16"), "is UTF-16; save it as UTF-8"),
-        ("rows.csv", b"text\nx\n", "is not JSONL"),
-    ],
-)
-def test_files_of_another_kind(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(RequestError, match=words):
-        read_rows(str(tmp_path / name))
-
-
 def test_missing_files_name_the_nearest(tmp_path):
     write_rows(tmp_path / "train.jsonl", [])
     with pytest.raises(RequestError, match=r"trian.jsonl' does not exist; did you mean 'train.jsonl'"):
         read_rows(str(tmp_path / "trian.jsonl"))
     with pytest.raises(RequestError, match="nor does its folder"):
         read_rows(str(tmp_path / "no" / "train.jsonl"))
-    with pytest.raises(RequestError, match="is a folder"):
-        read_rows(str(tmp_path))
     with pytest.raises(RequestError, match="no data file matches"):
         read_rows(str(tmp_path / "*.json"))
 
@@ -147,12 +132,17 @@ def test_files_of_several_formats(tmp_path):
     assert rows.format == "messages, prompt_completion"
     assert [(problem.file, problem.line) for problem in rows.problems] == [(files[0], 2), (files[1], 2)]
     assert {row.turns for row in rows.rows} == {turns("q", "a")}
-    assert "b.jsonl: prompt_completion (2 of 2 rows have prompt and completion)" in rows.why
+    assert "b.jsonl: prompt_completion (2 of 2 rows have prompt and completion; JSONL)" in rows.why
 
 
 def test_bad_rows_show_the_first_and_keep_all():
     error = BadRows([Problem("f", line, "text is empty") for line in range(1, 9)])
     assert error.code == 2
     assert len(error.problems) == 8
-    assert error.message.startswith("8 bad rows, correct or remove: f:1: text is empty; f:2: text is empty")
-    assert "and 3 more" in error.message
+    assert error.message == (
+        "8 bad rows, correct or remove: first f:1: text is empty (`rankwise data preview` lists all 8)"
+    )
+    assert error.details == [f"f:{line}: text is empty" for line in range(1, 9)]
+    many = BadRows([Problem("f", line, "text is empty") for line in range(1, 1030)])
+    assert (len(many.details), many.details[-2:]) == (21, ["f:20: text is empty", "and 1,009 more"])
+    assert BadRows([Problem("f", 2, "text is empty")]).message == "1 bad row, correct or remove: f:2: text is empty"
