@@ -37,14 +37,20 @@ class Problem:
 
 
 class BadRows(RequestError):  # noqa: N818 (it is a list of them)
-    """Rows that can't be used: all of them in `problems`, the first in the message, the first twenty in `details`."""
+    """Rows that can't be used: all of them in `problems`; as text, a line for each of the first twenty."""
 
     def __init__(self, problems: Sequence[Problem]):
         self.problems = list(problems)
+        super().__init__("\n".join([f"{counted(len(self.problems), 'bad row')}, correct or remove:", *self.details]))
+
+    @property
+    def message(self) -> str:
+        """One line: how many, and the first."""
         count = counted(len(self.problems), "bad row")
-        rest = f" (`rankwise data preview` lists all {len(self.problems):,})" if len(self.problems) > 1 else ""
-        first = "" if len(self.problems) == 1 else "first "
-        super().__init__(f"{count}, correct or remove: {first}{self.problems[0]}{rest}")
+        if len(self.problems) == 1:
+            return f"{count}, correct or remove: {self.problems[0]}"
+        rest = f"(`rankwise data preview` lists all {len(self.problems):,})"
+        return f"{count}, correct or remove: first {self.problems[0]} {rest}"
 
     @property
     def details(self) -> list[str]:

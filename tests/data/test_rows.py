@@ -142,6 +142,7 @@ def test_bad_rows_show_the_first_and_keep_all():
     assert error.message == (
         "8 bad rows, correct or remove: first f:1: text is empty (`rankwise data preview` lists all 8)"
     )
+    assert str(error).splitlines()[1:] == error.details
     assert error.details == [f"f:{line}: text is empty" for line in range(1, 9)]
     many = BadRows([Problem("f", line, "text is empty") for line in range(1, 1030)])
     assert (len(many.details), many.details[-2:]) == (21, ["f:20: text is empty", "and 1,009 more"])
