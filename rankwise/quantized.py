@@ -141,6 +141,14 @@ def compute_by_weight(model: nn.Module) -> None:
             vars(module)["forward"] = partial(frozen_product, module)
 
 
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes 4-bit layers compute in `dtype`, forward and backward, whatever their weights were before."""
+    for module in _four_bit_layers(model):
+        module.compute_dtype, module.compute_type_is_set = dtype, True
+        if module.weight.quant_state is not None:
+            module.weight.quant_state.dtype = dtype
+
+
 def computes_by_weight(module: nn.Module, x: Tensor) -> bool:
     """Whether the layer's own forward on `x` is x W^T with its dequantised weight, so that one may compute that.
 

@@ -25,6 +25,7 @@ from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
 from rankwise.models.embedded import EMBEDDED, embedded_source
 from rankwise.models.hub import is_cut_off
+from rankwise.models.quantization import bits_settings, needs_bitsandbytes, settle
 from rankwise.models.quiet import quietly
 
 TASKS: dict[str, Any] = {
@@ -193,10 +194,17 @@ def load_model(config: ModelConfig, dtype: torch.dtype, task: str = "causal-lm")
     source, cut_off = _source(config)
     if Path(source).is_dir():
         _check_weights(config.name, Path(source))
+    in_bits = needs_bitsandbytes(config, load_config(config))
+    how: dict[str, Any] = {"dtype": dtype}
+    if in_bits:  # weights are quantised from the dtype that they have in their file, and the others cast afterwards
+        how = {"dtype": "auto", "device_map": {"": device}}
+    if config.is_quantized:  # a folder that is stored in bits has settings of its own, which None would hide
+        plain = [head.rstrip(".") for head in _NEW_HEADS.get(task, ())]
+        how["quantization_config"] = bits_settings(config, dtype, plain)
     with quietly(), _explained(config):
         model, info = TASKS[task].from_pretrained(
             source,
-            dtype=dtype,
+            **how,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             local_files_only=cut_off,
@@ -205,6 +213,8 @@ def load_model(config: ModelConfig, dtype: torch.dtype, task: str = "causal-lm")
             output_loading_info=True,
         )
     _check_loaded(config.name, task, model, info)
+    if in_bits:
+        settle(model, dtype)
     return model.to(device).eval()
 
 
