@@ -51,6 +51,12 @@ def storage_of(module: nn.Module) -> str | None:
     return None
 
 
+def storage_in(model: nn.Module) -> str | None:
+    """The storage of a model's quantised layers, with `+` between several; None where it has none."""
+    found = {storage_of(module) for module in model.modules()} - {None}
+    return "+".join(sorted(str(storage) for storage in found)) or None
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Whether the layer's weight is stored in 8 or 4 bits."""
     return storage_of(module) is not None

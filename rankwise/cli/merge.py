@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """The folder and its certificate in three lines."""
     found = result["certificate"]
-    print(f"merged model: {result['output']} ({found['dtype']})")
+    stored = found["dequantised_from"]
+    print(f"merged model: {result['output']} ({found['dtype']}" + (f", dequantised from {stored})" if stored else ")"))
     print(
         f"certificate: KL {found['kl']:.2e} nats a token (bound {found['bound']:.0e}; the adapter's own effect "
         f"{found['adapter_effect_kl']:.2e}), largest logit difference {found['max_abs_diff']:.2e}, "

@@ -43,7 +43,8 @@ class Certificate:
     """What `merge_certificate.json` holds.
 
     `adapter_effect_kl`: KL(adapter || base), to compare `kl` with. `probes`: where the probe texts came from.
-    `verdict`: `pass`, or `fail` when `kl` is above `bound`.
+    `verdict`: `pass`, or `fail` when `kl` is above `bound`. `dequantised_from`: how the base that was compared with
+    stored its weights (`8bit`, `nf4`, `fp4`), and the merged model does not; None for plain numbers.
     """
 
     dtype: str
@@ -57,19 +58,23 @@ class Certificate:
     probes: str
     compared_in: str
     verdict: str
+    dequantised_from: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
         return asdict(self)
 
 
-def certify(dtype: str, merged: Difference, effect: Difference, probes: str) -> Certificate:
+def certify(
+    dtype: str, merged: Difference, effect: Difference, probes: str, dequantised_from: str | None = None
+) -> Certificate:
     """The verdict on a merged model of `dtype`: a KL that is no number fails too."""
     bound = max(KL_BOUNDS["fp32"], min(KL_BOUNDS[dtype], LARGEST_SHARE * effect.kl))
     return Certificate(
         dtype=dtype, max_abs_diff=merged.max_abs_diff, mean_abs_diff=merged.mean_abs_diff, kl=merged.kl, bound=bound,
         top1_agreement=merged.top1_agreement, adapter_effect_kl=effect.kl, num_probe_tokens=merged.num_tokens,
         probes=probes, compared_in="fp32", verdict="pass" if merged.kl <= bound else "fail",
+        dequantised_from=dequantised_from,
     )  # fmt: skip
 
 

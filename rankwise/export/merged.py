@@ -2,6 +2,9 @@
 
 The merge is computed in fp32 and rounded once to the dtype asked for; the folder is loaded again and compared with the
 adapter model on probe texts. Past the bound of `certificate.KL_BOUNDS` nothing is left on disk.
+
+A base in 8 or 4 bits is compared as it is stored, and merged dequantised: what is certified is that the folder is the
+model that was trained, not that it is what the unquantised base would have become.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rankwise import quantized
 from rankwise.adapters.base import AdapterLayer
 from rankwise.attach.inject import disabled, merge_in
 from rankwise.errors import RequestError, WorkError, did_you_mean
@@ -84,6 +88,8 @@ def merge_to_folder(
     if model.dtype != torch.float32:
         raise RequestError(f"merging is computed in fp32, but the model is loaded in {model.dtype}; load it in fp32")
     ids = trim_probes(probes.ids)
+    storage = quantized.storage_in(model)
+    quantized.compute_by_weight(model)  # an 8-bit layer on its own rounds activations too, which no merged weight does
     adapted = probe_logits(model, ids)
     with disabled(model):
         effect = compare(adapted, probe_logits(model, ids))
@@ -95,7 +101,7 @@ def merge_to_folder(
             tokenizer.save_pretrained(temporary)
             reloaded: Any = type(merged).from_pretrained(temporary, dtype=torch.float32)
         certificate = certify(
-            dtype, compare(adapted, probe_logits(reloaded.to(merged.device), ids)), effect, probes.source
+            dtype, compare(adapted, probe_logits(reloaded.to(merged.device), ids)), effect, probes.source, storage
         )
         if certificate.verdict != "pass":
             raise WorkError(refusal(certificate))

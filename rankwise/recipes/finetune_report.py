@@ -12,6 +12,7 @@ from rankwise.attach.checkpoint import read_config
 from rankwise.attach.inject import adapter_layers, describe, ranks
 from rankwise.data.rows import leak_warning
 from rankwise.errors import counted
+from rankwise.quantized import storage_in
 from rankwise.recipes.finetune_data import RunData
 from rankwise.recipes.run import RunConfig, StartFrom
 from rankwise.train.loop import LoopPlan
@@ -25,7 +26,8 @@ def describe_run(
 ) -> list[str]:
     """Lines for people, one subject each."""
     return [
-        f"model     {run.model.name} ({type(model).__name__}) on {model.device}, {precision.name}: {precision.why}",
+        f"model     {run.model.name} ({type(model).__name__}) on {model.device}, {precision.name}: {precision.why}"
+        + (f"; its layers are stored in {storage}" if (storage := storage_in(model)) else ""),
         *_adapter_lines(run, model),
         *_data_lines(data),
         *_training_lines(run, data, plan),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import rankwise
+from rankwise import quantized
 from rankwise.data.config import DataConfig
 from rankwise.data.sources import content_hash, expand
 from rankwise.files import sha256_bytes, sha256_file
@@ -100,12 +102,14 @@ def provenance(
         start: the adapter that the run begins with.
         resumed_from: the step after which it goes on.
     """
+    storage = quantized.storage_in(model)
+    in_bits = {} if storage is None else {"bitsandbytes": version("bitsandbytes")}
     return {
-        "versions": versions(),
+        "versions": versions() | in_bits,
         "commit": source_commit(),
         "device": str(model.device),
         "data": data,
-        "base": model_hashes(model, revision),
+        "base": model_hashes(model, revision) | ({} if storage is None else {"stored_in": storage}),
         "start": None if start is None else {"folder": str(start), "files": adapter_hashes(start)},
         "resumed_from": resumed_from,
         "adapter": None,
