@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from rankwise.adapters.base import AdapterLayer
 from rankwise.adapters.config import LoraConfig, start_name
+from rankwise.adapters.low_rank import LowRankLayer
 from rankwise.adapters.starts import TAKEN_FROM_BASE
 from rankwise.adapters.table import adapter_class
 from rankwise.adapters.tokens import TokenRows
@@ -229,6 +230,15 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     exchanged = need_attachment(model).exchanged
     trained = {name: tensor for name, tensor in adapter_tensors(model).items() if exchanged.get(name, True)}
     return {name: tensor for name, tensor in trained.items() if isinstance(tensor, nn.Parameter)}
+
+
+def output_factors(model: nn.Module) -> set[str]:
+    """Names, as in `adapter_parameters`, of the B of every layer that LoRA+ speaks of: an embedding's B is none.
+
+    There A is the table, which takes no hidden state in, and learns as fast as B.
+    """
+    layers = adapter_layers(model).items()
+    return {f"{n}.lora_B" for n, layer in layers if isinstance(layer, LowRankLayer) and layer.kind.drops_input}
 
 
 def ranks(model: nn.Module) -> dict[str, int]:

@@ -26,6 +26,7 @@ from rankwise.recipes.run import RunConfig, read_run, run_yaml
 from rankwise.train.interrupt import Interrupted, StopRequest
 from rankwise.train.log import ProgressBar, peak_memory_bytes
 from rankwise.train.loop import Step, fit
+from rankwise.train.objectives import minimised
 from rankwise.train.state import checkpoint_folders
 
 
@@ -77,6 +78,7 @@ def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | No
     """Trains into `folder`, and writes the result."""
     folder.begin(job.progress.step, run_yaml(job.run))
     folder.write_provenance(job.provenance)
+    train = job.run.train
     go_on = f"rankwise train {shlex.quote(str(folder.run_file))} --resume"
     with StopRequest() as stop, ProgressBar(job.plan.num_steps, job.progress.step, shown=not quiet) as bar:
         hooks = [
@@ -86,7 +88,7 @@ def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | No
             saving_hook(job, folder, stop, go_on),
         ]
         try:
-            fit(job.model, job.optimizer, job.batches, job.objective, job.plan, job.progress, hooks)
+            fit(job.model, job.optimizer, job.batches, minimised(job.objective, train), job.plan, job.progress, hooks)
             return _finish(job, folder)
         except Interrupted:
             raise

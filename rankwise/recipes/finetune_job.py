@@ -15,7 +15,7 @@ from rankwise.adapters.config import LoraConfig
 from rankwise.adapters.layers import layer_kind
 from rankwise.attach.attachment import need_attachment
 from rankwise.attach.checkpoint import load_adapter, read_config
-from rankwise.attach.inject import adapter_layers, adapter_parameters, attach
+from rankwise.attach.inject import adapter_layers, adapter_parameters, attach, output_factors
 from rankwise.data.formats import TEXT
 from rankwise.errors import RequestError
 from rankwise.models.load import check_task, choose_device, load_model, resolve
@@ -25,12 +25,13 @@ from rankwise.recipes.provenance import data_hashes, provenance
 from rankwise.recipes.resume import check_length, check_settings, run_precision, training_settings
 from rankwise.recipes.run import RunConfig, StartFrom, check_task_type, with_section
 from rankwise.train.batches import MicroBatches
-from rankwise.train.config import AUTO
+from rankwise.train.config import AUTO, TrainConfig
 from rankwise.train.log import Say
 from rankwise.train.loop import LoopPlan, Progress
 from rankwise.train.objective import Objective
 from rankwise.train.objectives import objective_of
-from rankwise.train.optim import learning_rate, make_optimizer
+from rankwise.train.optim import learning_rate
+from rankwise.train.optimizers import make_optimizer
 from rankwise.train.order import RowOrder
 from rankwise.train.precision import Precision
 from rankwise.train.recompute import enable_gradient_checkpointing
@@ -91,8 +92,7 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     batches = MicroBatches(
         objective, data.train.examples, order, run.train.micro_rows, data.pad_id, packing, model.device
     )
-    parameters = adapter_parameters(model)
-    optimizer = make_optimizer(parameters, run.train.lr, run.train.betas, run.train.weight_decay)
+    optimizer = _optimizer(run.train, model)
     start = Path(run.adapter.folder) if isinstance(run.adapter, StartFrom) else None
     job = Job(
         run, model, data, batches, objective, plan, optimizer, Progress(), settings,
@@ -135,6 +135,19 @@ def _plan(run: RunConfig, num_rows: int) -> LoopPlan:
         return learning_rate(step, num_steps, train.lr, train.schedule, warmup, train.lr_floor)
 
     return LoopPlan(num_steps, rate, train.max_grad_norm)
+
+
+def _optimizer(train: TrainConfig, model: PreTrainedModel) -> torch.optim.Optimizer:
+    faster = output_factors(model) if train.loraplus_ratio != 1.0 else set[str]()
+    if train.loraplus_ratio != 1.0 and not faster:
+        raise RequestError(
+            f"train.loraplus_ratio ({train.loraplus_ratio:g}) has no effect: no adapted layer has a B that it is for "
+            "(embeddings have none); set it to 1"
+        )
+    return make_optimizer(
+        adapter_parameters(model), train.lr, train.betas, train.weight_decay, train.optimizer, faster,
+        train.loraplus_ratio,
+    )  # fmt: skip
 
 
 def _attached_model(run: RunConfig, precision: Precision, data: RunData) -> PreTrainedModel:

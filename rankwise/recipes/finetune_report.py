@@ -101,6 +101,10 @@ def _training_lines(run: RunConfig, data: RunData, plan: LoopPlan) -> list[str]:
         f"{train.num_rows(num_rows) / num_rows:,.2f} epochs; learning rate {train.lr:g}, {train.schedule}"
         + (f", {counted(warmup, 'step')} of warm-up" if warmup else "")
     ]
+    chosen = {"optimizer": "adamw", "loraplus_ratio": 1.0, "label_smoothing": 0.0, "z_loss": 0.0}
+    told = [f"{name} {getattr(train, name)}" for name, usual in chosen.items() if getattr(train, name) != usual]
+    if told:
+        lines.append(f"          {', '.join(told)}")
     if train.batch_size > num_rows:
         lines.append(
             f"          a step of {train.batch_size} rows takes some of the {counted(num_rows, 'row')} more than once"

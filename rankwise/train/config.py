@@ -15,6 +15,7 @@ from rankwise.errors import RequestError, counted, did_you_mean
 from rankwise.train.needs import NEEDS, TO_COME, Needs
 
 SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "adamw-fused", "adamw-8bit")
 PRECISIONS = ("fp32", "bf16", "auto")
 
 AUTO = "auto"
@@ -82,8 +83,12 @@ class TrainConfig:
         schedule: `constant`, `linear` or `cosine` decay after the warm-up.
         lr_floor: where the decay ends, as a fraction of `lr`.
         warmup: below 1 a fraction of the steps, else a number of steps, with a linearly growing rate.
+        optimizer: `adamw`, `adamw-fused` (one kernel for all parameters) or `adamw-8bit` (a quarter of the state).
+        loraplus_ratio: B of linear and convolutional layers learns at so many times `lr` (LoRA+).
         weight_decay: decoupled (AdamW); applies to matrices, not to biases and magnitudes.
         betas: Adam's decay rates.
+        label_smoothing: the share of a label's probability that is spread over the vocabulary, in training.
+        z_loss: the coefficient of log(Z)^2, which keeps the logits' normaliser Z near 1, in training.
         max_grad_norm: gradients are scaled down to this norm; 0 or null: not.
         precision: of the frozen base: `fp32`, `bf16`, or `auto` (bf16 where a probe shows that it is faster). Adapters
             and their optimizer state are always fp32.
@@ -107,8 +112,12 @@ class TrainConfig:
     schedule: str = "cosine"
     lr_floor: float = 0.0
     warmup: int | float = 0.05
+    optimizer: str = "adamw"
+    loraplus_ratio: float = 1.0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
     max_grad_norm: float | None = 1.0
     precision: str = AUTO
     gradient_checkpointing: bool = False
@@ -128,6 +137,7 @@ class TrainConfig:
         self._check_names()
         self._check_length()
         self._check_rates()
+        self._check_loss()
         self._check_events()
 
     def _check_names(self) -> None:
@@ -135,7 +145,9 @@ class TrainConfig:
             raise RequestError(f"train.objective: '{self.objective}' is not available yet; use {' or '.join(NEEDS)}")
         if self.precision == "fp16":
             raise RequestError("train.precision: 'fp16' is not available yet; use bf16, fp32 or auto")
-        for name, known in (("objective", NEEDS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for name, known in (
+            ("objective", NEEDS), ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("precision", PRECISIONS)
+        ):  # fmt: skip
             value = getattr(self, name)
             if value not in known:
                 raise RequestError(f"train.{name} can't be '{value}'{did_you_mean(value, known)}")
@@ -170,10 +182,24 @@ class TrainConfig:
             )
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise RequestError(f"train.weight_decay must be 0 or more, not {self.weight_decay}")
+        if not (self.loraplus_ratio > 0 and math.isfinite(self.loraplus_ratio)):
+            raise RequestError(f"train.loraplus_ratio must be more than 0, not {self.loraplus_ratio}; 1 turns it off")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise RequestError(f"train.betas must be at least 0 and below 1, not {list(self.betas)}")
         if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
             raise RequestError(f"train.max_grad_norm must be above 0, or 0 for no clipping, not {self.max_grad_norm}")
+
+    def _check_loss(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise RequestError(f"train.label_smoothing must be at least 0 and below 1, not {self.label_smoothing}")
+        if not (self.z_loss >= 0 and math.isfinite(self.z_loss)):
+            raise RequestError(f"train.z_loss must be 0 or more, not {self.z_loss}; 1e-4 is usual")
+        for name in ("label_smoothing", "z_loss"):
+            value = getattr(self, name)
+            if value and not self.needs.smooths:
+                raise RequestError(
+                    f"train.{name} ({value}) has no effect with train.objective: {self.objective}; set it to 0"
+                )
 
     def _check_events(self) -> None:
         for name in ("log_every", "evaluate_every", "save_every"):

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from rankwise import distributed
 from rankwise.errors import WorkError
 from rankwise.train.objective import MicroBatch, Objective
-from rankwise.train.optim import set_learning_rate, trained_parameters
+from rankwise.train.optim import trained_parameters
+from rankwise.train.optimizers import set_learning_rate
 from rankwise.train.watch import LossWatch
 
 

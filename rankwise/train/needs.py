@@ -22,6 +22,7 @@ class Needs:
         unit: what one loss is of; only a loss of tokens has a perplexity.
         packs: whether the rows of a micro batch can lie end to end; where they can't, they are padded.
         generates: whether rows ask for an answer that the model can write.
+        smooths: whether label smoothing and the z-loss apply: the losses are cross entropies of tokens.
     """
 
     task: str
@@ -31,11 +32,12 @@ class Needs:
     unit: str = "token"
     packs: bool = True
     generates: bool = True
+    smooths: bool = False
 
 
 NEEDS: dict[str, Needs] = {
-    "sft": Needs("causal-lm", "CAUSAL_LM", ANSWERS),
-    "text": Needs("causal-lm", "CAUSAL_LM", TEXTS, generates=False),
+    "sft": Needs("causal-lm", "CAUSAL_LM", ANSWERS, smooths=True),
+    "text": Needs("causal-lm", "CAUSAL_LM", TEXTS, generates=False, smooths=True),
 }
 
 TO_COME = ("seq2seq", "classification", "token-classification", "embedding", "dpo")

@@ -1,34 +1,29 @@
-"""The optimizer, its state by parameter name, and the learning rate as a pure function of the step.
+"""An optimizer's state by parameter name, and the learning rate as a pure function of the step.
 
-AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) from torch, over the adapter's fp32 parameters only. State goes by
-names, never by position, so that a checkpoint does not depend on the order of parameter groups.
+State goes by names, never by position, so that a checkpoint does not depend on the order of parameter groups.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.errors import WorkError
 
-MATRIX_DIMENSIONS = 2
-"""Parameters with at least so many dimensions decay; biases and magnitudes do not."""
+COUNT = torch.int64
+"""The dtype in which whole numbers are saved that an optimizer holds as such (bitsandbytes' step count)."""
 
+BLOCK_ENTRIES = 256
+"""Entries that share a scale in bitsandbytes' 8-bit state."""
 
-def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW over `parameters`, in two groups: matrices with `weight_decay`, everything else without."""
-    assert parameters, "nothing to train"
-    matrices = [p for p in parameters.values() if p.ndim >= MATRIX_DIMENSIONS]
-    others = [p for p in parameters.values() if p.ndim < MATRIX_DIMENSIONS]
-    groups = [
-        {"params": group, "weight_decay": decay} for group, decay in ((matrices, weight_decay), (others, 0.0)) if group
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+_SHAPES: dict[str, Callable[[nn.Parameter], tuple[int, ...]]] = {
+    **dict.fromkeys(("qmap1", "qmap2"), lambda parameter: (256,)),
+    **dict.fromkeys(("absmax1", "absmax2"), lambda parameter: (-(-parameter.numel() // BLOCK_ENTRIES),)),
+}
+"""Shapes of state that has not its parameter's: the values that codes stand for, and the blocks' scales."""
 
 
 def learning_rate(step: int, num_steps: int, lr: float, schedule: str, warmup_steps: int, floor: float = 0.0) -> float:
@@ -51,12 +46,6 @@ def learning_rate(step: int, num_steps: int, lr: float, schedule: str, warmup_st
     raise AssertionError(schedule)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives every parameter group the rate `lr`."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """What the optimizer updates now (a growth of ranks replaces parameters, so nobody keeps a list of their own)."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -67,8 +56,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, n
     state: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            assert isinstance(value, Tensor), f"optimizer state '{key}' is not a tensor"
-            state[f"{name}/{key}"] = value.detach().cpu()
+            whole = torch.tensor(value, dtype=COUNT) if isinstance(value, int) else value
+            assert isinstance(whole, Tensor), f"optimizer state '{key}' is not a tensor"
+            # all parameters share one map of codes, and a file holds no tensor twice
+            state[f"{name}/{key}"] = whole.detach().cpu().clone() if key in _SHAPES else whole.detach().cpu()
     return state
 
 
@@ -83,18 +74,28 @@ def load_optimizer_state(
     Raises: WorkError when a name or a shape does not fit the parameters.
     """
     optimizer.state.clear()
+    in_fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+    fused = {name for name, parameter in parameters.items() if id(parameter) in in_fused}
     for full_name, value in state.items():
         name, _, key = full_name.rpartition("/")
         parameter = parameters.get(name)
         if parameter is None:
             raise WorkError(f"the checkpoint holds optimizer state for '{name}', which this run does not train")
-        if value.ndim and value.shape != parameter.shape:
+        shape = _SHAPES[key](parameter) if key in _SHAPES else tuple(parameter.shape)
+        if value.ndim and tuple(value.shape) != shape:
             raise WorkError(
-                f"the checkpoint's optimizer state '{full_name}' has shape {list(value.shape)}, "
-                f"the parameter {list(parameter.shape)}"
+                f"the checkpoint's optimizer state '{full_name}' has shape {list(value.shape)}, where the parameter's "
+                f"{list(parameter.shape)} needs {list(shape)}"
             )
-        if kept is not None and name not in kept:
-            continue
-        # torch keeps the step count on the CPU, and the moments beside the parameter
-        placed = value.clone() if value.ndim == 0 else value.to(parameter.device, parameter.dtype, copy=True)
-        optimizer.state[parameter][key] = placed
+        if kept is None or name in kept:
+            optimizer.state[parameter][key] = _placed(value, parameter, name in fused)
+
+
+def _placed(value: Tensor, parameter: nn.Parameter, fused: bool) -> Tensor | int:
+    """A state tensor where the optimizer expects it: numbers on the CPU (a fused kernel's beside the parameter)."""
+    if value.ndim == 0 and value.dtype == COUNT:
+        return int(value)
+    if value.ndim == 0:
+        return value.to(parameter.device if fused else "cpu", copy=True)
+    moments = value.is_floating_point() and value.shape == parameter.shape
+    return value.to(parameter.device, parameter.dtype if moments else value.dtype, copy=True)

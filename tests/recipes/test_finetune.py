@@ -212,3 +212,16 @@ def test_one_step_is_one(files: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     err = capsys.readouterr().err
     for words in ("1 layer, rank 4", "1 row (prompt_completion)", "20 steps of 1 row (", "1 step of warm-up"):
         assert words in err, words
+
+
+def test_smoothing_is_trained_on_and_never_measured(files: Path, tmp_path: Path) -> None:
+    """At a rate that moves nothing the training loss shows the smoothing, and the validation loss does not."""
+    found = []
+    for name, more in (("plain", {}), ("smooth", {"label_smoothing": 0.3, "z_loss": 0.1})):
+        run = settings(files, tmp_path / name, train={"steps": 2, "warmup": 0, "lr": 1e-12, **more})
+        train(run, quiet=True)
+        last = metrics(tmp_path / name)[-1]
+        found.append((last["loss"], last["valid_loss"]))
+    (plain_loss, plain_valid), (smooth_loss, smooth_valid) = found
+    assert smooth_valid == pytest.approx(plain_valid, abs=1e-5)
+    assert smooth_loss > plain_loss + 0.5

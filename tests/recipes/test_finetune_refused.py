@@ -210,3 +210,13 @@ def test_weights_of_the_base_are_trained_in_fp32_only(files: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
     train(settings(files, tmp_path / "out", adapter=adapter, train={"precision": "auto", "steps": 2}), quiet=True)
     assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["train"]["precision"] == "fp32"
+
+
+def test_loraplus_without_effect_is_refused(files: Path, tmp_path: Path) -> None:
+    run = settings(
+        files, tmp_path / "out", adapter={"target_modules": ["embed_tokens"], "lora_dropout": 0.0},
+        train={"loraplus_ratio": 16},
+    )  # fmt: skip
+    with pytest.raises(RequestError, match=r"train\.loraplus_ratio \(16\) has no effect: no adapted layer has a B"):
+        train(run, quiet=True)
+    assert not (tmp_path / "out").exists()

@@ -45,8 +45,10 @@ ROOT = Path(__file__).parents[2]
         {"train": {"steps": None, "epochs": 4, "schedule": "linear", "warmup": 3, "weight_decay": 0.1, "log_every": 5}},
         {"train": {"gradient_checkpointing": True}},
         {"adapter": {"use_dora": True, "init_lora_weights": "pissa"}},
+        {"train": {"optimizer": "adamw-fused", "label_smoothing": 0.1, "z_loss": 1e-3, "loraplus_ratio": 4.0}},
+        {"train": {"optimizer": "adamw-8bit", "loraplus_ratio": 4.0, "weight_decay": 0.1}, "adapter": {"r": 128}},
     ],
-    ids=["packed", "padded", "bf16", "epochs", "checkpointing", "dora-pissa"],
+    ids=["packed", "padded", "bf16", "epochs", "checkpointing", "dora-pissa", "fused-smoothed", "8bit"],
 )
 def test_interrupted_and_resumed_is_the_straight_run(files: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     train(settings(files, tmp_path / "straight", **changes), quiet=True)

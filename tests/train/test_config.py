@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -7,7 +8,9 @@ import pytest
 
 from rankwise.errors import RequestError
 from rankwise.ranks.config import RanksConfig
-from rankwise.train.config import Every, TrainConfig
+from rankwise.train import optimizers
+from rankwise.train.config import OPTIMIZERS, Every, TrainConfig
+from rankwise.train.needs import NEEDS
 
 
 @pytest.mark.parametrize(
@@ -28,6 +31,12 @@ from rankwise.train.config import Every, TrainConfig
         ({"warmup": -1}, ("train.warmup", "-1")),
         ({"warmup": 1.5}, ("train.warmup", "1.5")),
         ({"weight_decay": -0.1}, ("weight_decay", "-0.1")),
+        ({"optimizer": "adam"}, ("train.optimizer", "adam", "adamw")),
+        ({"loraplus_ratio": 0.0}, ("train.loraplus_ratio", "more than 0", "0.0")),
+        ({"label_smoothing": 1.0}, ("train.label_smoothing", "below 1", "1.0")),
+        ({"label_smoothing": -0.1}, ("train.label_smoothing", "-0.1")),
+        ({"z_loss": -1e-4}, ("train.z_loss", "0 or more")),
+        ({"z_loss": float("nan")}, ("train.z_loss", "nan")),
         ({"betas": (0.9, 1.0)}, ("betas", "1.0")),
         ({"max_grad_norm": -1.0}, ("max_grad_norm", "-1.0")),
         ({"precision": "fp16"}, ("fp16", "not available yet")),
@@ -111,3 +120,14 @@ def test_ranks_are_fixed_for_now() -> None:
 def test_no_torch_for_a_configuration() -> None:
     code = "import sys, rankwise.recipes.run, rankwise.cli.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "z_loss"])
+def test_what_an_objective_without_token_losses_ignores_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NEEDS, "sft", dataclasses.replace(NEEDS["sft"], smooths=False))
+    with pytest.raises(RequestError, match=rf"train\.{name} \(0\.1\) has no effect with train\.objective: sft; set it"):
+        TrainConfig(**{name: 0.1})
+
+
+def test_the_names_of_optimizers_are_those_that_can_be_made() -> None:
+    assert tuple(optimizers.OPTIMIZERS) == OPTIMIZERS

@@ -14,7 +14,7 @@ from rankwise.models.batch import Batch
 from rankwise.train.loop import LoopPlan, Progress, Step, accumulate, clip_gradients, fit
 from rankwise.train.objective import Objective
 from rankwise.train.objectives import TOKENS
-from rankwise.train.optim import make_optimizer
+from rankwise.train.optimizers import make_optimizer
 from rankwise.train.watch import LossWatch
 from tests import tiny
 from tests.train.rows import example, examples

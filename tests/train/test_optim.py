@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from rankwise.errors import WorkError
-from rankwise.train.optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
+from rankwise.train.optim import learning_rate, load_optimizer_state, optimizer_state
+from rankwise.train.optimizers import make_optimizer
 
 
 def rates(schedule: str, num_steps: int = 10, warmup: int = 0, floor: float = 0.0) -> list[float]:
@@ -83,5 +84,5 @@ def test_state_that_does_not_fit_is_refused() -> None:
     optimizer = make_optimizer(named, lr=0.1, betas=(0.9, 0.999), weight_decay=0.0)
     with pytest.raises(WorkError, match="'C', which this run does not train"):
         load_optimizer_state(optimizer, named, {"C/exp_avg": torch.zeros(3)})
-    with pytest.raises(WorkError, match=r"shape \[4\], the parameter \[3\]"):
+    with pytest.raises(WorkError, match=r"shape \[4\], where the parameter.s \[3\] needs \[3\]"):
         load_optimizer_state(optimizer, named, {"b/exp_avg": torch.zeros(4)})
