@@ -6,7 +6,8 @@ text, letter by letter; the answer begins there and ends with the template's end
 not hold (one that moves the system prompt, or rewrites earlier turns) is refused, never guessed at.
 
 What ends an answer is learned from a probe: the first token of the vocabulary's added ones that the template writes
-after the last answer. Later white space is not trained on.
+after the last answer. Later white space is not trained on. A second probe tells whether the template writes tools,
+calls and their results, and what ends a call; a call is trained on from its prompt to that end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from jinja2.exceptions import TemplateError
 from transformers import AddedToken, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from rankwise.data.formats import ASSISTANT, USER, RowError, Turn
+from rankwise.data.fields import ASSISTANT, USER, RowError, Turn
+from rankwise.data.messages import CALLS, TOOL_PROBES, as_messages, tool_parts
 from rankwise.data.plain_template import Rendered, Span, Template
 from rankwise.errors import RequestError
 
@@ -46,16 +48,18 @@ class ChatTemplate(Template):
         self._added = _added_tokens(tokenizer)
         try:
             self.end, notes = self._probe()
+            self._unwritten, self.call_end = self._probe_tools()
         except (TemplateError, TypeError, ValueError) as error:
             if isinstance(error, RequestError):
                 raise
             raise RequestError(f"{name} fails on a question and its answer: {error}; {_REMEDY}") from None
         if "strftime_now" in source:
             notes.append(f"{name} writes today's date into the text: runs on different days differ")
-        super().__init__((), (self.end,), tuple(notes))
+        super().__init__((), tuple(dict.fromkeys((self.end, self.call_end))), tuple(notes))
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """The template's text, with the answers found in it."""
+        self._check_tools(turns)
         try:
             text, blocks = self._text(turns)
             prompts = [
@@ -65,11 +69,12 @@ class ChatTemplate(Template):
             ]
         except TemplateError as error:
             raise RowError(f"{self.name} refuses the row: {error}") from None
-        spans = self._block_spans(text, blocks) if self.has_blocks else self._prefix_spans(text, prompts, turns)
+        spans = self._block_spans(text, blocks, turns) if self.has_blocks else self._prefix_spans(text, prompts, turns)
         return Rendered(text, spans, prompts[-1], text.startswith(prompts[-1]))
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The template's text with its generation prompt."""
+        self._check_tools(turns)
         try:
             return self._prompt_text(turns)
         except TemplateError as error:
@@ -77,9 +82,10 @@ class ChatTemplate(Template):
 
     def _prefix_spans(self, text: str, prompts: Sequence[str], turns: Sequence[Turn]) -> tuple[Span, ...]:
         """Answers by the prefix property: each begins where its prompt ends, and ends with the end token."""
-        answers = [turn.content for turn in turns if turn.role == ASSISTANT]
+        answers = [index for index, turn in enumerate(turns) if turn.role == ASSISTANT]
         spans: list[Span] = []
-        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        for number, (prompt, index) in enumerate(zip(prompts, answers, strict=True)):
+            answer = turns[index]
             if not text.startswith(prompt):
                 raise RequestError(
                     f"{self.name} writes the conversation before answer {number + 1} of {len(answers)} differently "
@@ -88,11 +94,25 @@ class ChatTemplate(Template):
                 )
             start = len(prompt)
             stop = len(prompts[number + 1]) if number + 1 < len(prompts) else len(text)
-            span = (start, self._end_after(text, start, answer))
-            if not start < span[1] <= stop or answer.strip() not in text[slice(*span)]:
+            if answer.calls:
+                end = self._end_of_calls(text, start, turns[: index + 1])
+            else:
+                end = self._end_after(text, start, answer.content)
+            written = text[start:end]
+            said = (answer.content.strip(), *(call.name for call in answer.calls))
+            if not start < end <= stop or not all(part in written for part in said):
                 raise RowError(f"{self.name} changes answer {number + 1}, or does not end it with '{self.end}'")
-            spans.append(span)
+            if answer.train:
+                spans.append((start, end))
         return tuple(spans)
+
+    def _end_of_calls(self, text: str, start: int, turns: Sequence[Turn]) -> int:
+        """Where the last token of an answer with calls ends: the last added one before what follows; -1 if none."""
+        whole = self._text(turns)[0].rstrip()
+        if not text.startswith(whole):
+            raise RequestError(f"{self.name} writes a tool call differently once its result follows; {_REMEDY}")
+        ends = [match.end() for match in self._added.finditer(whole, start)]
+        return ends[-1] if ends else -1
 
     def _end_after(self, text: str, start: int, answer: str) -> int:
         """Where the end token that follows the answer ends; -1 if there is none."""
@@ -100,18 +120,29 @@ class ChatTemplate(Template):
         found = text.find(self.end, start + len(written))
         return -1 if found < 0 else found + len(self.end)
 
-    def _block_spans(self, text: str, blocks: Sequence[Span]) -> tuple[Span, ...]:
+    def _block_spans(self, text: str, blocks: Sequence[Span], turns: Sequence[Turn]) -> tuple[Span, ...]:
         """Answers by generation blocks, each with the end token that follows it, if the block leaves that out."""
         spans = [(start, self._with_end(text, end)) for start, end in blocks if end > start]
         if not spans:
             raise RowError(f"{self.name} has generation blocks, but marks nothing of this row")
-        return tuple(spans)
+        answers = [turn for turn in turns if turn.role == ASSISTANT]
+        if all(turn.train for turn in answers):
+            return tuple(spans)
+        if len(spans) != len(answers):
+            raise RowError(
+                f"{self.name} has {len(spans)} generation blocks for {len(answers)} answers, so those with train false "
+                "can't be told from the others"
+            )
+        return tuple(span for span, turn in zip(spans, answers, strict=True) if turn.train)
 
     def _with_end(self, text: str, end: int) -> int:
-        rest = text[end:]
-        if text[:end].rstrip().endswith(self.end) or not rest.lstrip().startswith(self.end):
-            return end
-        return end + len(rest) - len(rest.lstrip()) + len(self.end)
+        rest, before = text[end:], text[:end].rstrip()
+        for token in (self.end, self.call_end):
+            if before.endswith(token):
+                return end
+            if rest.lstrip().startswith(token):
+                return end + len(rest) - len(rest.lstrip()) + len(token)
+        return end
 
     def _probe(self) -> tuple[str, list[str]]:
         """The end token and notes, from one question and its answer."""
@@ -145,23 +176,59 @@ class ChatTemplate(Template):
             )
         return match.group(), notes
 
+    def _probe_tools(self) -> tuple[dict[str, str], str]:
+        """What of tools the template does not write, and why; and the token that ends a call."""
+        unwritten: dict[str, str] = {}
+        end = self.end
+        for what, (turns, words) in TOOL_PROBES.items():
+            try:
+                text = self._text(turns)[0]
+            except (TemplateError, TypeError, ValueError) as error:
+                unwritten[what] = f"it fails on them: {' '.join(str(error).split())}"
+                continue
+            if words not in text:
+                unwritten[what] = "it leaves them out of the text"
+            elif what == CALLS and (after := list(self._added.finditer(text, text.rfind(words)))):
+                end = after[-1].group()
+        return unwritten, end
+
+    def _check_tools(self, turns: Sequence[Turn]) -> None:
+        """Raises: RequestError for tools, calls or results that the template does not write."""
+        for what in tool_parts(turns):
+            if what in self._unwritten:
+                raise RequestError(
+                    f"{self.name} does not write {what}: {self._unwritten[what]}; use a template that does "
+                    "(data.chat_template: a .jinja file), or write them as text"
+                )
+
     def _text(self, turns: Sequence[Turn]) -> tuple[str, Sequence[Span]]:
         """The whole conversation's text, and its generation blocks (none where the template has none)."""
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        messages, tools = as_messages(turns)
         if not self.has_blocks:
-            return str(self.tokenizer.apply_chat_template(messages, chat_template=self.source, tokenize=False)), ()
+            text = self.tokenizer.apply_chat_template(
+                messages, tools=cast(Any, tools), chat_template=self.source, tokenize=False
+            )
+            return str(text), ()
         special: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
         rendered: Any = render_jinja_template(
-            conversations=[messages], chat_template=self.source, return_assistant_tokens_mask=True, **special
+            conversations=[messages],
+            tools=cast(Any, tools),
+            chat_template=self.source,
+            return_assistant_tokens_mask=True,
+            **special,
         )
         texts, blocks = rendered
         return texts[0], blocks[0]
 
     def _prompt_text(self, turns: Sequence[Turn]) -> str:
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        messages, tools = as_messages(turns)
         return str(
             self.tokenizer.apply_chat_template(
-                messages, chat_template=self.source, tokenize=False, add_generation_prompt=True
+                messages,
+                tools=cast(Any, tools),
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=True,
             )
         )
 

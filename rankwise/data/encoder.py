@@ -128,7 +128,7 @@ class Encoder:
         )["input_ids"]
         for item, prompt in zip(written, prompts, strict=True):
             parts = list(islice(sequences, len(item.rendered)))
-            example = _example(item, parts, prompt)
+            example = _example(item, parts, prompt, self._specials)
             is_emptied = _is_emptied(item, parts, example)
             if not is_emptied:
                 chunk.examples.append(example)
@@ -171,6 +171,7 @@ class Encoder:
                 self._templates[is_text] = (text_template if is_text else template_for)(self.tokenizer, self.config)
             template = used[is_text] = self._templates[is_text]
             try:
+                _check_weights(row.turns)
                 written.append(_Written(row, LAYOUTS[self.layout](row, template), template.prefix_ids))
             except RowError as reason:
                 chunk.problems.append(Problem(row.file, row.line, str(reason)))
@@ -178,6 +179,13 @@ class Encoder:
                 raise RequestError(f"{row.file}:{row.line}: {error}") from None
         chunk.notes = tuple(note for template in used.values() for note in template.notes)
         return written
+
+
+def _check_weights(turns: Turns) -> None:
+    """Raises: RowError for answers that count in part, which the loss does not know yet."""
+    for turn in turns:
+        if turn.weight not in (0, 1):
+            raise RowError(f"an answer has weight {turn.weight:g}; only 0 and 1 are applied")
 
 
 def _note_prompt(prompts: dict[str, Prompts], example: Example) -> None:
@@ -257,7 +265,7 @@ def _encoded(
     )
 
 
-def _example(item: _Written, parts: Sequence[_Encoded], prompt: Sequence[int]) -> Example:
+def _example(item: _Written, parts: Sequence[_Encoded], prompt: Sequence[int], specials: Sequence[str]) -> Example:
     """One row, its sequences end to end; in `text` a line break stands between them."""
     row = item.row
     starts = [0, *accumulate(len(part.text) + 1 for part in parts)]
@@ -272,11 +280,22 @@ def _example(item: _Written, parts: Sequence[_Encoded], prompt: Sequence[int]) -
         ),
         prompt_ids=() if row.turns[0].role == TEXT else (*item.prefix_ids, *prompt),
         prompt_text=_last(row.turns, USER),
-        answer=_last(row.turns, ASSISTANT),
+        answer=_answer(item, specials),
         file=row.file,
         line=row.line,
         parts=tuple(len(part.ids) for part in parts) if len(parts) > 1 else (),
     )
+
+
+def _answer(item: _Written, specials: Sequence[str]) -> str:
+    """The last answer as written; one with tool calls, as the template writes it, without special tokens."""
+    turns, rendered = item.row.turns, item.rendered[0]
+    if not turns[-1].calls or not rendered.prompt_fits:
+        return _last(turns, ASSISTANT)
+    written = rendered.text[len(rendered.prompt) :]
+    for token in specials:
+        written = written.replace(token, "")
+    return written.strip()
 
 
 def _last(turns: Turns, role: str) -> str:

@@ -8,20 +8,48 @@ from typing import Any
 
 from rankwise.data.readers.records import type_name
 
-__all__ = ["ASSISTANT", "SYSTEM", "TEXT", "USER", "RowError", "Turn", "Turns", "filled", "optional", "string",
-           "type_name"]  # fmt: skip
+__all__ = ["ASSISTANT", "SYSTEM", "TEXT", "TOOL", "TOOLS", "USER", "Call", "RowError", "Turn", "Turns",
+           "filled", "optional", "string", "type_name"]  # fmt: skip
 
 SYSTEM, USER, ASSISTANT, TEXT = "system", "user", "assistant", "text"
+TOOL, TOOLS = "tool", "tools"
+"""The result of a call; and the tools that may be called, their schemas as JSON, in front of all turns."""
+
 ANSWERS, TEXTS = "answers", "whole texts"
 """Kinds of rows, as messages call them; an objective trains on one kind."""
 
 
 @dataclass(frozen=True)
+class Call:
+    """A tool that the assistant calls. `arguments`: a JSON object, as text; `id`: what results name, or ""."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True)
 class Turn:
-    """One message. `role`: system, user or assistant; or text, for a row that is text and nothing else."""
+    """One message. `role`: system, user, assistant, or tool; text, for a row that is text and nothing else; or tools.
+
+    Args:
+        content: the text; of the role tools, their schemas as JSON.
+        calls: tools that an assistant turn calls.
+        weight: how much an answer counts in the loss; 0: it is not trained on.
+        name, call_id: of a tool turn, whose result it is, or "".
+    """
 
     role: str
     content: str
+    calls: tuple[Call, ...] = ()
+    weight: float = 1.0
+    name: str = ""
+    call_id: str = ""
+
+    @property
+    def train(self) -> bool:
+        """Whether an answer is trained on."""
+        return self.weight > 0
 
 
 Turns = tuple[Turn, ...]

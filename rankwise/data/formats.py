@@ -2,11 +2,11 @@
 
 | name | row |
 | --- | --- |
-| messages | `messages`: list of `role` (system, user, assistant) and `content` |
-| prompt_completion | `prompt`, `completion` |
+| messages | `messages`: list of `role` and `content` (see `rankwise.data.chat`); may have `system`, `tools` |
+| prompt_completion | `prompt`, `completion`: texts, or lists of turns; then may have `tools` |
 | text | `text`: trained on whole |
 | alpaca | `instruction`, `input` (may be absent or empty), `output`; may have `system` |
-| sharegpt | `conversations`: list of `from` (system, human, gpt) and `value`; may have `system` |
+| sharegpt | `conversations`: list of `from` and `value`; may have `system`, `tools` |
 
 A row that does not fit its format raises `RowError`, which says what is wrong with it. To add a format: a function
 and a line in `FORMATS`.
@@ -18,12 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rankwise.data.chat import SHAREGPT_KEYS, check_order, conversation, declared_tools, turn_list, untrained
 from rankwise.data.fields import (
     ANSWERS,
     ASSISTANT,
     SYSTEM,
     TEXT,
     TEXTS,
+    TOOLS,
     USER,
     RowError,
     Turn,
@@ -31,9 +33,8 @@ from rankwise.data.fields import (
     filled,
     optional,
     string,
-    type_name,
 )
-from rankwise.errors import RequestError, counted, did_you_mean
+from rankwise.errors import RequestError, counted
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,13 @@ class Format:
 
 def from_messages(row: Mapping[str, Any]) -> Turns:
     """`{"messages": [{"role": "user", "content": "..."}, ...]}`."""
-    return _checked(_turn_list(row, "messages", _MESSAGE_KEYS), "messages")
+    return _with_system(row, conversation(row, "messages"), "messages")
 
 
 def from_prompt_completion(row: Mapping[str, Any]) -> Turns:
-    """`{"prompt": "...", "completion": "..."}`."""
+    """`{"prompt": "...", "completion": "..."}`; or two lists of turns, of which the completion's are trained on."""
+    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        return _split_conversation(row)
     return Turn(USER, filled(row, "prompt")), Turn(ASSISTANT, filled(row, "completion"))
 
 
@@ -85,11 +88,28 @@ def from_alpaca(row: Mapping[str, Any]) -> Turns:
 
 def from_sharegpt(row: Mapping[str, Any]) -> Turns:
     """`{"conversations": [{"from": "human", "value": "..."}, ...]}`; turns of `role` and `content` are read too."""
-    turns = _turn_list(row, "conversations", _SHAREGPT_KEYS)
+    return _with_system(row, conversation(row, "conversations", SHAREGPT_KEYS), "conversations")
+
+
+def _with_system(row: Mapping[str, Any], turns: Turns, key: str) -> Turns:
+    """The turns with the row's `system` in front, behind the tools."""
     system = _leading_system(row)
-    if system and turns and turns[0].role == SYSTEM:
-        raise RowError("system is given twice, in system and in conversations[0]")
-    return *system, *_checked(turns, "conversations")
+    num_tools = sum(turn.role == TOOLS for turn in turns)
+    if system and turns[num_tools].role == SYSTEM:
+        raise RowError(f"system is given twice, in system and in {key}[0]")
+    return *turns[:num_tools], *system, *turns[num_tools:]
+
+
+def _split_conversation(row: Mapping[str, Any]) -> Turns:
+    """A conversation in two lists: answers in `prompt` are not trained on."""
+    prompt, completion = turn_list(row, "prompt"), turn_list(row, "completion")
+    shown = [f"prompt[{index}]" for index in range(len(prompt))]
+    shown += [f"completion[{index}]" for index in range(len(completion))]
+    if all(turn.role != ASSISTANT for turn in completion):
+        raise RowError("completion has no assistant turn: there is nothing to train on")
+    turns = (*untrained(prompt), *completion)
+    check_order(turns, shown, "prompt and completion")
+    return *declared_tools(row), *turns
 
 
 FORMATS: dict[str, Format] = {
@@ -105,16 +125,6 @@ _LATER: dict[tuple[str, ...], str] = {
     ("label",): "they look like rows with labels, which are not read yet",
     ("labels",): "they look like rows with labels, which are not read yet",
 }
-
-# (role key, content key, role names) of a turn.
-_MESSAGE_KEYS = ("role", "content", {SYSTEM: SYSTEM, USER: USER, ASSISTANT: ASSISTANT})
-_SHAREGPT_KEYS = (
-    "from",
-    "value",
-    {SYSTEM: SYSTEM, "human": USER, USER: USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT, ASSISTANT: ASSISTANT},
-)
-_UNREAD = ("tool_calls", "tool_call_id", "function_call", "weight", "reasoning_content", "thinking")
-"""Fields of a turn that would change what is trained; ignoring them in silence would train on something else."""
 
 
 def detect(rows: Sequence[tuple[int, Mapping[str, Any]]], file: str, is_start: bool = False) -> tuple[str, str]:
@@ -155,61 +165,3 @@ def _shown(pair: tuple[int, Mapping[str, Any]]) -> tuple[int, str]:
 def _leading_system(row: Mapping[str, Any]) -> Turns:
     system = optional(row, SYSTEM)
     return (Turn(SYSTEM, system),) if system.strip() else ()
-
-
-def _turn_list(row: Mapping[str, Any], key: str, names: tuple[str, str, Mapping[str, str]]) -> Turns:
-    if key not in row:
-        raise RowError(f"{key} is missing")
-    items = row[key]
-    if not isinstance(items, list):
-        raise RowError(f"{key} is {type_name(items)}, must be a list of turns")
-    if row.get("tools"):
-        raise RowError("tools are not read; remove the field, or write the calls as text")
-    if not items:
-        raise RowError(f"{key} is empty")
-    return tuple(_turn(item, f"{key}[{index}]", names) for index, item in enumerate(items))
-
-
-def _turn(item: Any, shown: str, names: tuple[str, str, Mapping[str, str]]) -> Turn:
-    if not isinstance(item, dict):
-        raise RowError(f"{shown} is {type_name(item)}, must be an object")
-    role_key, content_key, roles = names
-    if role_key not in item and "role" in item:
-        role_key, content_key, roles = _MESSAGE_KEYS
-    name = string(item, role_key, f"{shown}.{role_key}")
-    if name not in roles:
-        raise RowError(f"{shown}.{role_key} is '{name}'{did_you_mean(name, roles)}")
-    for key in _UNREAD:
-        if item.get(key) is not None:
-            raise RowError(f"{shown}.{key} is not read; remove it, or write it as text")
-    shown_content = f"{shown}.{content_key}"
-    if roles[name] == SYSTEM:
-        return Turn(SYSTEM, string(item, content_key, shown_content))
-    return Turn(roles[name], filled(item, content_key, shown_content))
-
-
-def _checked(turns: Turns, key: str) -> Turns:
-    """The turns, if they are: at most one system turn, in front; then user and assistant by turns, an answer last."""
-    if all(turn.role != ASSISTANT for turn in turns):
-        raise RowError(f"{key} has no assistant turn: there is nothing to train on")
-    expected = USER
-    for index, turn in enumerate(turns):
-        if turn.role == SYSTEM:
-            if index:
-                raise RowError(f"{key}[{index}] is a system turn, which may only come first")
-            continue
-        if turn.role != expected:
-            before = (
-                f"follows another {turn.role} turn" if index and turns[index - 1].role == turn.role else "comes first"
-            )
-            raise RowError(
-                f"{key}[{index}] is {_article(turn.role)} turn but {before}; user and assistant must alternate"
-            )
-        expected = ASSISTANT if expected == USER else USER
-    if turns[-1].role != ASSISTANT:
-        raise RowError(f"{key} ends with a user turn that has no answer")
-    return turns
-
-
-def _article(role: str) -> str:
-    return f"an {role}" if role == ASSISTANT else f"a {role}"

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.formats import ASSISTANT, SYSTEM, TEXT, USER, RowError, Turn
+from rankwise.data.fields import ASSISTANT, SYSTEM, TEXT, USER, RowError, Turn
+from rankwise.data.messages import tool_parts
 from rankwise.errors import RequestError
 
 Span = tuple[int, int]
@@ -79,6 +80,7 @@ class PlainTemplate(Template):
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """Each turn under its header; an answer is trained from after its header to its end token."""
+        _check_no_tools(turns, "plain")
         text, spans, prompt = "", [], ""
         for turn in turns:
             text += ("\n\n" if text else "") + HEADERS[turn.role]
@@ -86,7 +88,8 @@ class PlainTemplate(Template):
             if turn.role == ASSISTANT:
                 prompt = text
                 text += turn.content + self.end
-                spans.append((start, len(text)))
+                if turn.train:
+                    spans.append((start, len(text)))
             else:
                 text += turn.content
         return Rendered(text, tuple(spans), prompt)
@@ -105,12 +108,14 @@ class CompletionTemplate(Template):
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """The prompt, then the completion and the end token, which are trained on."""
+        _check_no_tools(turns, "completion")
         prompt = self.prompt(turns[:-1])
         text = prompt + turns[-1].content + self.end
         return Rendered(text, ((len(prompt), len(text)),), prompt)
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The user's text, and a line break unless it ends in white space."""
+        _check_no_tools(turns, "completion")
         if [turn.role for turn in turns] != [USER]:
             roles = ", ".join(turn.role for turn in turns) or "no turn"
             raise RowError(f"chat_template 'completion' takes one user turn and its answer, not {roles} before it")
@@ -135,6 +140,16 @@ class TextTemplate(Template):
         if len(turns) != 1 or turns[0].role not in (USER, TEXT):
             raise RowError(f"a model of plain text continues one text, not a conversation of {len(turns)} turns")
         return turns[0].content
+
+
+def _check_no_tools(turns: Sequence[Turn], name: str) -> None:
+    """Raises: RequestError for what only a chat template may know how to write."""
+    found = tool_parts(turns)
+    if found:
+        raise RequestError(
+            f"the template '{name}' does not write {found[0]}; use a chat template that does "
+            "(data.chat_template: auto, or a .jinja file), or write them as text"
+        )
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
