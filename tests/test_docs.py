@@ -217,13 +217,15 @@ def test_every_name_of_the_library_and_no_other():
 
 
 def test_formats_and_templates():
+    from rankwise.data.chat import ROLES, UNREAD
     from rankwise.data.config import TEMPLATE_NAMES
-    from rankwise.data.formats import _UNREAD, FORMATS
+    from rankwise.data.formats import FORMATS
 
     found = sections((DOCS / "data.md").read_text(encoding="utf-8"))
     assert {row[0].strip("`") for row in table_rows(found["Formats"], 4)} == set(FORMATS)
     assert {f"`{name}`" for name in TEMPLATE_NAMES} <= {row[0] for row in table_rows(found["Templates"], 2)}
-    assert all(f"`{name}`" in found["Formats"] for name in _UNREAD)
+    assert all(f"`{name}`" in found["Formats"] for name in UNREAD)
+    assert all(f"`{name}`" in found["Conversations"] for name in ROLES)
 
 
 def test_starts_and_layers():
