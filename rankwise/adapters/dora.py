@@ -19,6 +19,7 @@ from typing_extensions import override
 from rankwise.adapters.config import LoraConfig
 from rankwise.adapters.layers import ConvolutionKind, LayerKind
 from rankwise.adapters.low_rank import LowRankLayer
+from rankwise.adapters.sharing import Derived
 from rankwise.errors import RequestError
 
 
@@ -30,6 +31,7 @@ class DoraLayer(LowRankLayer):
         super().__init__(base, kind, config, name)
         if isinstance(kind, ConvolutionKind):
             raise RequestError(f"use_dora is for linear layers and embeddings; '{name}' is a convolution: exclude it")
+        self._norms = Derived()
         self.magnitude = nn.Parameter(torch.empty(self.lora_B.shape[0], device=self.weight.device))
 
     @override
@@ -47,19 +49,35 @@ class DoraLayer(LowRankLayer):
     def _norm(self) -> Float[Tensor, " o"]:
         return torch.linalg.vector_norm(self._directed(), dim=1)
 
+    def _gain(self) -> Float[Tensor, " o"]:
+        """The gain g = m / ||W + s B A||; the norm is computed again when W, A or B has changed."""
+        if torch.compiler.is_compiling():
+            return self.magnitude / self._norm()
+        gain = self.magnitude / self._norms.of((self.lora_A, self.lora_B, self.weight), self._norm)
+        if gain.requires_grad:
+            gain.register_hook(self._forget_norm)
+        return gain
+
+    def _forget_norm(self, grad: Tensor) -> None:
+        self._norms.drop()
+
     def forward(self, x: Tensor) -> Tensor:
-        """base(x) + (g - 1)(base(x) - bias) + g s B A dropout(x), with g = m / ||W + s B A||."""
-        y = self.base(x)
+        """The sum bias + g (t - bias), with t = base(x) + s B A dropout(x) and g = m / ||W + s B A||.
+
+        In bf16 g is the sum of two numbers, so that a g near 1 is not rounded to steps of 1/256. With g = 1 the output
+        is t to the last bit.
+        """
         if not self.active:
-            return y
-        gain = self.magnitude / self._norm()
-        unbiased = y if self.bias is None else y - self.bias
-        return y + (gain - 1.0).to(y.dtype) * unbiased + gain.to(y.dtype) * self.change(x).to(y.dtype)
+            return self.base(x)
+        t = self.adapted(x)
+        gain = self._gain()
+        most = gain.detach().to(t.dtype)
+        y = t * most if self.bias is None else torch.addcmul(((1.0 - gain) * self.bias).to(t.dtype), t, most)
+        return torch.addcmul(y, t, (gain - most).to(t.dtype))
 
     @override
     def delta_weight(self) -> Float[Tensor, "..."]:
-        gain = self.magnitude / self._norm()
-        delta = gain[:, None] * self._directed() - self.kind.matrix(self.base_weight()).float()
+        delta = self._gain()[:, None] * self._directed() - self.kind.matrix(self.base_weight()).float()
         return self.kind.weight(delta, self.base)
 
     @override

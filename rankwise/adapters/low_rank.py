@@ -14,13 +14,22 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from rankwise.adapters.base import AdapterLayer
 from rankwise.adapters.config import LoraConfig, start_iterations, start_name
+from rankwise.adapters.dropout import keep_rule
+from rankwise.adapters.fused import Factors, lora_linear
 from rankwise.adapters.layers import LayerKind
+from rankwise.adapters.sharing import Derived, Readers
 from rankwise.adapters.starts import STARTS, TAKEN_FROM_BASE, StartRequest, zero_table
 from rankwise.errors import RequestError
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps those who listen to its calls."""
+FUSED = (nn.Linear, Conv1D)
+"""Layers, subclasses excepted, whose forward is known to be x W^T + b."""
 
 
 def scale_of(alpha: int | float, rank: int, use_rslora: bool) -> float:
@@ -45,6 +54,10 @@ class LowRankLayer(AdapterLayer):
         self.alpha = config.lora_alpha
         self.use_rslora = config.use_rslora
         self.dropout = config.lora_dropout
+        self.keep_rule = keep_rule(config.lora_dropout) if config.lora_dropout else None
+        self.readers: Readers | None = None
+        """Those who read the same input, this layer among them."""
+        self._derived = Derived(), Derived()
         shape_A, shape_B = kind.factor_shapes(base, config.r)
         self.lora_A = nn.Parameter(torch.empty(shape_A, device=self.weight.device))
         self.lora_B = nn.Parameter(torch.empty(shape_B, device=self.weight.device))
@@ -86,6 +99,48 @@ class LowRankLayer(AdapterLayer):
             (self.lora_B if start is zero_table else self.lora_A).mul_(math.sqrt(config.init_scale))
         if name in TAKEN_FROM_BASE:
             self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """base(x) + s B A dropout(x), less the frozen start."""
+        if not self._can_fuse(x):
+            y = self.base(x)
+            return y + self.change(x).to(y.dtype)
+        rule = self.keep_rule if self.training else None
+        weight = self.kind.matrix(self.weight)
+        return lora_linear(x, weight, self.bias, self._factors(x, shared=rule is None), rule)
+
+    def _factors(self, x: Tensor, shared: bool) -> Factors:
+        """The factors, cast and with x A^T where another layer has computed it. A compiler shares by itself."""
+        A, B = self.lora_A, self.lora_B
+        if torch.compiler.is_compiling():
+            return Factors(A, B, self.scale, A.detach().to(x.dtype), B.detach().to(x.dtype))
+        of_A, of_B = self._derived
+        up = of_B.stacked((B,), x.dtype)
+        read = self.readers.read(self, x) if shared and self.readers is not None else None
+        if self.readers is None or read is None:
+            return Factors(A, B, self.scale, of_A.stacked((A,), x.dtype), up, derived=self._derived)
+        down, h = read
+        return Factors(A, B, self.scale, down, up, h, (self.readers.derived, of_B))
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        """A plain frozen linear layer that nobody listens to, without a subtracted start, outside of autocast.
+
+        Hooks and forwards replaced on the instance (offloading does both) act only when the base itself is called. A
+        compiler draws random numbers its own way: there dropout takes the plain path.
+        """
+        base = self.base
+        drops = self.training and self.dropout > 0
+        return (
+            type(base) in FUSED
+            and x.dtype == self.weight.dtype
+            and not self.weight.requires_grad
+            and not self.weight.is_meta
+            and not any(vars(base)[hooks] for hooks in HOOKS)
+            and "forward" not in vars(base)
+            and self.start_A is None
+            and not (drops and (self.keep_rule is None or torch.compiler.is_compiling()))
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
     def change(self, x: Tensor) -> Tensor:
         """The change s B A dropout(x), less the frozen start, in the dtype of the base's output."""

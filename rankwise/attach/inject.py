@@ -29,6 +29,7 @@ from rankwise.attach.attachment import (
     unchanged_on_error,
 )
 from rankwise.attach.guards import guard_methods, unguard_methods
+from rankwise.attach.readers import join_readers
 from rankwise.attach.targets import (
     HEADS,
     embedding_ends,
@@ -101,6 +102,7 @@ def inject(model: Model, config: LoraConfig, generator: torch.Generator | None, 
         layer.train(model.training)
         for parameter in layer.peft_parameters().values():
             parameter.requires_grad_(True)
+    join_readers(model, layers)
     replace_modules(model, {layer.base: layer for layer in layers.values()})
     model.add_module(ATTRIBUTE, attachment)
     heads = HEADS.get(config.task_type or "", ())

@@ -1,0 +1,137 @@
+"""What is computed once for several uses: what follows from parameters, and x A^T of layers that read the same input.
+
+**Derived** tensors (A and B in another dtype, DoRA's norm) are kept until a parameter changes, by its identity, version
+counter and address, or until its gradient is computed: optimisers that write past the counter do so after that.
+
+**Readers** are layers that read the very same tensor: q, k, v; gate, up. Who they are is found when they are attached,
+by what they are given. The first of them to be called computes x [A_1; A_2; ...]^T once; the others take their part of
+it if they are given the same tensor, unchanged, while the factors are unchanged, and start anew otherwise. Only numbers
+are shared, no part of an autograd graph, and `x` is held by a weak reference.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, final, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@final
+class Derived:
+    """A tensor computed from others, without a gradient. Copies and pickles of this are empty."""
+
+    def __init__(self) -> None:
+        self._made: tuple[tuple[Tensor, ...], list[tuple[int, int]], Tensor] | None = None
+
+    def of(self, sources: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, called again when a source has changed."""
+        if any(source.is_inference() for source in sources):  # they count no versions
+            return make()
+        state = [(source._version, source.data_ptr()) for source in sources]
+        made = self._made
+        if made is None or made[1] != state or any(a is not b for a, b in zip(made[0], sources, strict=True)):
+            made = self._made = (sources, state, make())
+        return made[2]
+
+    def stacked(self, parameters: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """The parameters in `dtype`, stacked along their first dimension."""
+        if len(parameters) == 1 and parameters[0].dtype == dtype:
+            return parameters[0].detach()
+        copy = self.of(parameters, lambda: _stacked(parameters, dtype))
+        return copy if copy.dtype == dtype else _stacked(parameters, dtype)
+
+    def drop(self) -> None:
+        """Forgets the tensor."""
+        self._made = None
+
+    def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
+        return Derived, ()
+
+
+@torch.no_grad()
+def _stacked(parameters: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    return torch.cat([parameter.to(dtype) for parameter in parameters]) if parameters[1:] else parameters[0].to(dtype)
+
+
+WIDEST_BYTES = 2
+"""Of a number of x. One product of all factors may add up in another order than one of each: in fp32 there is hardly
+anything to win, and outputs stay as close to PEFT's as its own layers would."""
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A layer whose input goes through a factor A."""
+
+    lora_A: nn.Parameter  # noqa: N815 (the paper's name)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """x [A_1; A_2; ...]^T of one x."""
+
+    x: weakref.ref[Tensor]
+    version: int
+    down: Float[Tensor, "R n"]
+    h: Float[Tensor, "N R"]
+    waiting: dict[int, slice]
+    """By a layer's place among the readers: its part of R. Those that have taken it are out."""
+
+
+@final
+class Readers:
+    """Layers that read one tensor."""
+
+    def __init__(self, layers: Sequence[Reader]) -> None:
+        self.layers = tuple(layers)
+        self.derived = Derived()
+        """Holds the factors [A_1; A_2; ...] in the dtype of x."""
+        self._reading: _Reading | None = None
+
+    def read(self, layer: Reader, x: Float[Tensor, "*batch n"]) -> tuple[Tensor, Tensor] | None:
+        """A in the dtype of x, and x A^T; None where x is wide, counts no versions or lies on another device."""
+        if (
+            x.element_size() > WIDEST_BYTES
+            or x.is_inference()
+            or any(reader.lora_A.device != x.device for reader in self.layers)
+        ):
+            return None
+        place = next(number for number, reader in enumerate(self.layers) if reader is layer)
+        down = self.derived.stacked(tuple(reader.lora_A for reader in self.layers), x.dtype)
+        reading = self._reading
+        if (
+            reading is None
+            or reading.x() is not x
+            or reading.version != x._version
+            or reading.down is not down
+            or place not in reading.waiting
+        ):
+            reading = _Reading(weakref.ref(x), x._version, down, _product(x, down), _parts(self.layers))
+        part = reading.waiting.pop(place)
+        self._reading = reading if reading.waiting else None
+        return down[part], reading.h[:, part]
+
+    def __getstate__(self) -> tuple[Reader, ...]:
+        return self.layers
+
+    def __setstate__(self, layers: tuple[Reader, ...]) -> None:
+        self.layers, self.derived, self._reading = layers, Derived(), None
+
+
+@torch.no_grad()
+def _product(x: Float[Tensor, "*batch n"], down: Float[Tensor, "R n"]) -> Float[Tensor, "N R"]:
+    return F.linear(x.reshape(-1, x.shape[-1]), down)
+
+
+def _parts(layers: Sequence[Reader]) -> dict[int, slice]:
+    parts: dict[int, slice] = {}
+    end = 0
+    for place, layer in enumerate(layers):
+        begin, end = end, end + layer.lora_A.shape[0]
+        parts[place] = slice(begin, end)
+    return parts
