@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, final, runtime_checkable
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +119,7 @@ class Readers:
     def __getstate__(self) -> tuple[Reader, ...]:
         return self.layers
 
-    def __setstate__(self, layers: tuple[Reader, ...]) -> None:
+    def __setstate__(self, layers: tuple[Any, ...]) -> None:
         self.layers, self.derived, self._reading = layers, Derived(), None
 
 
