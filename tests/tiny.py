@@ -148,20 +148,51 @@ def bert_classifier(num_labels: int = 3) -> PreTrainedModel:
     return _seeded(lambda: transformers.BertForSequenceClassification(config))
 
 
-def t5() -> PreTrainedModel:
-    config = transformers.T5Config(
+_T5 = dict(
+    vocab_size=VOCABULARY,
+    d_model=32,
+    d_kv=8,
+    d_ff=48,
+    num_layers=2,
+    num_heads=4,
+    dropout_rate=0.0,
+    pad_token_id=259,
+    eos_token_id=258,
+    decoder_start_token_id=259,
+)
+
+
+def t5(**more: object) -> PreTrainedModel:
+    """Tied, so with a scale before its head."""
+    return _seeded(lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**{**_T5, **more})))
+
+
+def mt5() -> PreTrainedModel:
+    """Untied, gated."""
+    config = transformers.MT5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    return _seeded(lambda: transformers.MT5ForConditionalGeneration(config))
+
+
+def bart() -> PreTrainedModel:
+    config = transformers.BartConfig(
         vocab_size=VOCABULARY,
         d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+        dropout=0.0,
         pad_token_id=259,
+        bos_token_id=256,
         eos_token_id=258,
-        decoder_start_token_id=259,
+        decoder_start_token_id=258,
+        forced_eos_token_id=None,
+        init_std=0.2,
     )
-    return _seeded(lambda: transformers.T5ForConditionalGeneration(config))
+    return _seeded(lambda: transformers.BartForConditionalGeneration(config))
 
 
 def resnet() -> PreTrainedModel:
@@ -182,6 +213,13 @@ CAUSAL_LMS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": gpt2,
     "gptj": gptj,
     "mixtral": mixtral,
+}
+
+
+SEQ2SEQ_LMS: dict[str, Callable[[], PreTrainedModel]] = {
+    "t5": t5,
+    "mt5": mt5,
+    "bart": bart,
 }
 
 

@@ -168,7 +168,11 @@ class Encoder:
         for row in rows:
             is_text = row.turns[0].role == TEXT
             if is_text not in self._templates:
-                self._templates[is_text] = (text_template if is_text else template_for)(self.tokenizer, self.config)
+                self._templates[is_text] = (
+                    text_template(self.tokenizer, self.config)
+                    if is_text
+                    else template_for(self.tokenizer, self.config, self.layout)
+                )
             template = used[is_text] = self._templates[is_text]
             try:
                 _check_weights(row.turns)

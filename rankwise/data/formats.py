@@ -7,6 +7,7 @@
 | text | `text`: trained on whole |
 | alpaca | `instruction`, `input` (may be absent or empty), `output`; may have `system` |
 | sharegpt | `conversations`: list of `from` and `value`; may have `system`, `tools` |
+| translation | `translation`: one text in each of two languages, of which the first is translated into the second |
 
 A row that does not fit its format raises `RowError`, which says what is wrong with it. To add a format: a function
 and a line in `FORMATS`.
@@ -33,6 +34,7 @@ from rankwise.data.fields import (
     filled,
     optional,
     string,
+    type_name,
 )
 from rankwise.errors import RequestError, counted
 
@@ -112,12 +114,28 @@ def _split_conversation(row: Mapping[str, Any]) -> Turns:
     return *declared_tools(row), *turns
 
 
+def from_translation(row: Mapping[str, Any]) -> Turns:
+    """`{"translation": {"en": "...", "fr": "..."}}`: from the language that stands first into the other."""
+    texts = row.get("translation")
+    if not isinstance(texts, dict):
+        raise RowError(f"translation is {type_name(texts)}, must be an object with a text in each of two languages")
+    if len(texts) == 1:
+        raise RowError(
+            f"translation has a text in '{next(iter(texts))}' only; the one in the other language is missing"
+        )
+    if len(texts) != 2:
+        raise RowError(f"translation has {counted(len(texts), 'text')}, must have one in each of two languages")
+    source, target = (filled(texts, language, f"translation.{language}") for language in texts)
+    return Turn(USER, source), Turn(ASSISTANT, target)
+
+
 FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), from_messages),
     "prompt_completion": Format(("prompt", "completion"), from_prompt_completion, not_with=("label",)),
     "text": Format(("text",), from_text, not_with=("label", "labels"), rows=TEXTS),
     "alpaca": Format(("instruction", "output"), from_alpaca),
     "sharegpt": Format(("conversations",), from_sharegpt),
+    "translation": Format(("translation",), from_translation),
 }
 
 _LATER: dict[tuple[str, ...], str] = {

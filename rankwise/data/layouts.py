@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rankwise.data.config import SEQ2SEQ, WHOLE
 from rankwise.data.plain_template import Rendered, Template
 from rankwise.data.rows import Row
 
@@ -19,7 +20,12 @@ def _whole(row: Row, template: Template) -> tuple[Rendered, ...]:
     return (template.render(row.turns),)
 
 
-WHOLE = "whole"
+def _question_and_answer(row: Row, template: Template) -> tuple[Rendered, ...]:
+    answer = template.render(row.turns)
+    return Rendered(answer.prompt, (), answer.prompt), answer
+
+
 LAYOUTS: dict[str, Layout] = {
     WHOLE: _whole,  # the conversation or the text, in one sequence
+    SEQ2SEQ: _question_and_answer,  # for the encoder and for the decoder
 }

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.config import DataConfig, paths_of
+from rankwise.data.config import WHOLE, DataConfig, paths_of
 from rankwise.data.encoder import Counts, Encoder, Prompts
 from rankwise.data.example import Example, Loaded
-from rankwise.data.layouts import WHOLE
 from rankwise.data.rows import BadRows, Problem, Rows, read_rows
 from rankwise.errors import RequestError, counted
 

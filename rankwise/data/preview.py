@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.config import DataConfig
+from rankwise.data.config import WHOLE, DataConfig
 from rankwise.data.example import Example, Loaded
-from rankwise.data.layouts import WHOLE
 from rankwise.data.loader import encode
 from rankwise.data.rows import Problem, Row, Rows, leak_warning, num_leaked, read_rows
 from rankwise.errors import counted

@@ -13,14 +13,24 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.chat_template import ChatTemplate, read_template
-from rankwise.data.config import AUTO, COMPLETION, PLAIN, TEMPLATE_SUFFIX, DataConfig, text_has_no_template
+from rankwise.data.config import (
+    AUTO,
+    COMPLETION,
+    PLAIN,
+    SEQ2SEQ,
+    TEMPLATE_SUFFIX,
+    WHOLE,
+    DataConfig,
+    text_has_no_template,
+)
 from rankwise.data.formats import TEXT, RowError, Turn
 from rankwise.data.plain_template import CompletionTemplate, PlainTemplate, Template, TextTemplate, token_id
+from rankwise.data.seq2seq import Seq2SeqTemplate, one_question
 from rankwise.errors import RequestError
 
 
-def template_for(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Template:
-    """The template that `config.chat_template` and `config.format` ask for.
+def template_for(tokenizer: PreTrainedTokenizerBase, config: DataConfig, layout: str = WHOLE) -> Template:
+    """The template that `config.chat_template` and `config.format` ask for, for rows laid out as `layout` says.
 
     Raises: RequestError when the tokenizer is a slow one, the template file is missing, or the template can't be used.
     """
@@ -31,12 +41,14 @@ def template_for(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Temp
         )
     if config.format == TEXT:
         return TextTemplate(tokenizer)
+    if layout == SEQ2SEQ:
+        return _seq2seq_template(tokenizer, config)
     if config.chat_template == PLAIN:
         return PlainTemplate(tokenizer)
     if config.chat_template == COMPLETION:
         return CompletionTemplate(tokenizer)
     if config.has_template_file:
-        return ChatTemplate(tokenizer, read_template(config.chat_template), f"chat template {config.chat_template}")
+        return _file_template(tokenizer, config)
     if tokenizer.chat_template is None:
         note = (
             'the tokenizer has no chat template: rows are written plainly, as "### User:", "### Assistant:" '
@@ -44,6 +56,20 @@ def template_for(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Temp
         )
         return PlainTemplate(tokenizer, (note,))
     return ChatTemplate(tokenizer, own_template(tokenizer), "the tokenizer's own chat template")
+
+
+def _file_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> ChatTemplate:
+    return ChatTemplate(tokenizer, read_template(config.chat_template), f"chat template {config.chat_template}")
+
+
+def _seq2seq_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Template:
+    if config.chat_template == PLAIN:
+        return Seq2SeqTemplate(tokenizer, PlainTemplate(tokenizer).prompt)
+    if config.chat_template == COMPLETION or (config.chat_template == AUTO and tokenizer.chat_template is None):
+        return Seq2SeqTemplate(tokenizer, one_question)
+    chat = _file_template(tokenizer, config) if config.has_template_file else template_for(tokenizer, config)
+    assert isinstance(chat, ChatTemplate)
+    return Seq2SeqTemplate(tokenizer, chat.prompt, chat.end, is_whole=True, notes=chat.notes)
 
 
 def text_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Template:
@@ -57,13 +83,13 @@ def text_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Tem
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], config: DataConfig
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], config: DataConfig, layout: str = WHOLE
 ) -> tuple[str, tuple[int, ...]]:
     """Text and token ids from which the answer to `turns` is generated, exactly as training saw them.
 
     Raises: RequestError when the template can't take these turns.
     """
-    template = template_for(tokenizer, config)
+    template = template_for(tokenizer, config, layout)
     try:
         text = template.prompt(turns)
     except RowError as reason:
@@ -71,12 +97,12 @@ def render_prompt(
     return text, (*template.prefix_ids, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> tuple[int, ...]:
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: DataConfig, layout: str = WHOLE) -> tuple[int, ...]:
     """The tokens on which generation stops: the one that ends an answer, then the tokenizer's end-of-text token.
 
     Raises: RequestError when there is none.
     """
-    tokens = template_for(tokenizer, config).stop_tokens
+    tokens = template_for(tokenizer, config, layout).stop_tokens
     if tokenizer.eos_token_id is not None:
         tokens = (*tokens, str(tokenizer.eos_token))
     return tuple(dict.fromkeys(token_id(tokenizer, token) for token in tokens))

@@ -1,4 +1,4 @@
-"""Greedy answers to many prompts: batches of similar length, left padded, ended by the tokens that end a turn.
+"""Greedy answers to many prompts: batches of similar length, ended by the tokens that end a turn.
 
 transformers' own `generate` runs on the model as it is, attached or plain; this module decides what it is given.
 """
@@ -38,6 +38,9 @@ def generate_answers(
     assert isinstance(pad_id, int), "load_tokenizer gives every tokenizer a pad token"
     stops = tuple(stop_ids) if stop_ids is not None else default_stop_ids(model, tokenizer)
     settings = greedy(max_new_tokens, stops, pad_id)
+    apart = bool(model.config.is_encoder_decoder)
+    if apart:
+        _begin_as_the_model_does(model, settings)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers = [""] * len(prompts)
     generate: Any = model.generate
@@ -47,9 +50,10 @@ def generate_answers(
         with torch.no_grad(), contiguous_head(model), progress_bar("generating", len(prompts), progress) as advance:
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
-                ids, mask = left_padded([prompts[i] for i in chosen], pad_id, model.device)
+                ids, mask = padded([prompts[i] for i in chosen], pad_id, model.device, on_left=not apart)
                 output = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-                for i, row in zip(chosen, output[:, ids.shape[1] :].tolist(), strict=True):
+                begin = 1 if apart else ids.shape[1]  # a decoder of its own begins with its start token
+                for i, row in zip(chosen, output[:, begin:].tolist(), strict=True):
                     answers[i] = answer_text(tokenizer, row, stops)
                 advance(len(chosen))
     finally:
@@ -64,7 +68,8 @@ def _check(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tok
         raise RequestError(f"prompt {[len(p) for p in prompts].index(0) + 1} is empty; give at least one token")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max((len(prompt) for prompt in prompts), default=0)
-    if positions is not None and longest + max_new_tokens > positions:
+    together = max(longest, max_new_tokens + 1) if model.config.is_encoder_decoder else longest + max_new_tokens
+    if positions is not None and together > positions:
         raise RequestError(
             f"a prompt of {longest} tokens with max_new_tokens={max_new_tokens} does not fit into the model's "
             f"{positions} positions; shorten the prompt or lower max_new_tokens"
@@ -88,11 +93,26 @@ def greedy(max_new_tokens: int, stop_ids: Sequence[int], pad_id: int) -> Generat
     )  # fmt: skip
 
 
-def left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both [rows, longest]; padding comes first, so that prompts end where answers start."""
+def _begin_as_the_model_does(model: PreTrainedModel, settings: GenerationConfig) -> None:
+    """The token that a decoder starts from, and one that it must write first (a language), are part of its format."""
+    own = model.generation_config
+    assert own is not None, "a model that generates has a generation config"
+    start = own.decoder_start_token_id
+    settings.decoder_start_token_id = model.config.decoder_start_token_id if start is None else start
+    settings.forced_bos_token_id = own.forced_bos_token_id
+
+
+def padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, on_left: bool) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, both [rows, longest].
+
+    On the left, so that prompts end where answers start; on the right for an encoder, whose positions count from 0.
+    """
     longest = max(len(row) for row in rows)
-    ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    ids, mask = [], []
+    for row in rows:
+        filler = longest - len(row)
+        ids.append([pad_id] * filler + list(row) if on_left else list(row) + [pad_id] * filler)
+        mask.append([0] * filler + [1] * len(row) if on_left else [1] * len(row) + [0] * filler)
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankwise.errors import RequestError
+from rankwise.models.seq2seq import decoder_inputs
 
 KL_BOUNDS = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 2e-2}
 """The largest mean KL(adapter || merged), in nats for each token, that a merged model of a dtype may have."""
@@ -100,9 +101,16 @@ def probe_logits(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> lis
     try:
         with torch.no_grad():
             rows = [torch.tensor([list(probe)], device=model.device) for probe in probes]
-            return [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in rows]
+            return [_logits(model, row)[0].float().cpu() for row in rows]
     finally:
         model.train(was_training)
+
+
+def _logits(model: PreTrainedModel, row: Int64[Tensor, "1 _"]) -> Float[Tensor, "1 _ V"]:
+    """Of an encoder-decoder model: when both sides are given the probe."""
+    if model.config.is_encoder_decoder:
+        return model(input_ids=row, decoder_input_ids=decoder_inputs(model, row), use_cache=False).logits
+    return model(input_ids=row, use_cache=False).logits
 
 
 def compare(first: Sequence[Float[Tensor, "_ V"]], second: Sequence[Float[Tensor, "_ W"]]) -> Difference:

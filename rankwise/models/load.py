@@ -233,8 +233,19 @@ def _check_loaded(name: str, task: str, model: PreTrainedModel, info: dict[str, 
 
 
 def _check_kind(name: str, task: str, config: PretrainedConfig) -> None:
+    """Raises: RequestError for a kind of model that loads with some head for `task`, but is not meant for it."""
+    if task == "seq2seq-lm" and not config.is_encoder_decoder:
+        raise RequestError(
+            f"model '{name}' ({config.model_type}) is no encoder-decoder model: it reads question and answer as one "
+            "text; use train.objective=sft, or choose one such as T5 or BART"
+        )
     if task != "causal-lm":
         return
+    if config.is_encoder_decoder:
+        raise RequestError(
+            f"model '{name}' ({config.model_type}) is an encoder-decoder model: its encoder reads the question and its "
+            "decoder writes the answer; use train.objective=seq2seq"
+        )
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         raise RequestError(
             f"model '{name}' ({config.model_type}) is an encoder: its positions see the tokens after them, "

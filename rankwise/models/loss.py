@@ -6,7 +6,7 @@ cap (Gemma 2), is read from its configuration and believed only when it reproduc
 first batch. A model for which it does not takes the plain path through its own logits, and a warning says why.
 
 Legend: B rows, T positions, H hidden size, V vocabulary, n trained positions, E examples.
-Not here: encoder-decoder models.
+Encoder-decoder models: seq2seq.py.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def make_exam(
             f"{', '.join(metrics)}; leave it out, or ask for one of {', '.join(METRICS)}"
         )
     longest = DEFAULT_NEW_TOKENS if config.max_new_tokens is None else config.max_new_tokens
-    stop_ids = stop_token_ids(tokenizer, data) if compared else ()
+    stop_ids = stop_token_ids(tokenizer, data, objective.needs.layout) if compared else ()
     packing = data.packing is True
     return Exam(objective, examples, tokenizer, metrics, stop_ids, config.batch_size, longest, packing, progress)
 

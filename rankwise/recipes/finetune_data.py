@@ -84,7 +84,8 @@ def load_data(run: RunConfig) -> RunData:
     if problems:
         raise BadRows(problems)
     leaked = num_leaked(read["valid"], read["train"]) if "valid" in read else 0
-    return RunData(tokenizer, loaded["train"], loaded.get("valid"), stop_token_ids(tokenizer, run.data), leaked)
+    stop_ids = stop_token_ids(tokenizer, run.data, run.train.needs.layout)
+    return RunData(tokenizer, loaded["train"], loaded.get("valid"), stop_ids, leaked)
 
 
 def check_objective(objective: str, split: str, format: str, why: str) -> None:

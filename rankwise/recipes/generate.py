@@ -44,8 +44,9 @@ class Session:
         """The assistant's next turn of each conversation. Raises: RequestError, as `answer_all`."""
         data = self.opened.target.data_config()
         tokenizer = self.opened.tokenizer
-        ids = [render_prompt(tokenizer, turns, data)[1] for turns in conversations]
-        stops = stop_token_ids(tokenizer, data)
+        layout = self.opened.target.needs.layout
+        ids = [render_prompt(tokenizer, turns, data, layout)[1] for turns in conversations]
+        stops = stop_token_ids(tokenizer, data, layout)
         progress = len(ids) > batch_size
         return generate_answers(self.opened.model, tokenizer, ids, max_new_tokens, batch_size, progress, stops)
 
@@ -107,7 +108,7 @@ def open_session(
     Raises: RequestError for what can't be loaded.
     """
     opened = open_target(find_target(target, base, device, chat_template), precision)
-    for note in template_for(opened.tokenizer, opened.target.data_config()).notes:
+    for note in template_for(opened.tokenizer, opened.target.data_config(), opened.target.needs.layout).notes:
         print(f"note: {note}", file=sys.stderr)
     return Session(opened)
 

@@ -84,7 +84,8 @@ def find_probes(target: Target, tokenizer: PreTrainedTokenizerBase) -> Probes:
     if target.data is None or file is None:
         return Probes([tokenizer(text)["input_ids"] for text in TEXTS], BUILT_IN)
     config = dataclasses.replace(target.data, train=file, valid=None, test=None)
-    examples = load_examples(file, tokenizer, config).examples[: MAX_PROBE_TOKENS // PROBE_TOKENS_EACH]
+    loaded = load_examples(file, tokenizer, config, target.needs.layout)
+    examples = loaded.examples[: MAX_PROBE_TOKENS // PROBE_TOKENS_EACH]
     named = file if isinstance(file, str) else file[0]
     return Probes([example.input_ids[:PROBE_TOKENS_EACH] for example in examples], Path(named).name)
 

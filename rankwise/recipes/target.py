@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from rankwise.data.config import AUTO, DataConfig
 from rankwise.data.formats import TEXT
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
-from rankwise.models.load import check_task, choose_device, load_model, load_tokenizer
+from rankwise.models.load import check_task, choose_device, load_config, load_model, load_tokenizer
 from rankwise.models.quiet import quietly
 from rankwise.recipes.output import RUN_FILE
 from rankwise.recipes.run import read_run
@@ -47,8 +48,23 @@ class Target:
     adapter: Path | None = None
     data: DataConfig | None = None
     chat_template: str | None = None
-    objective: str = "sft"
-    """What it was trained for, or is measured by: a key of `rankwise.train.needs.NEEDS`."""
+    trained_for: str | None = None
+    """The run's objective; None where no run is known."""
+    task_type: str | None = None
+    """Of a lone adapter, by its configuration."""
+
+    @cached_property
+    def objective(self) -> str:
+        """What it was trained for, else what its task type or the kind of its model is for: a key of `NEEDS`.
+
+        Raises: RequestError when the model's configuration has to be read and can't be.
+        """
+        if self.trained_for is not None:
+            return self.trained_for
+        for name, needs in NEEDS.items():
+            if needs.task_type == self.task_type:
+                return name
+        return "seq2seq" if load_config(self.model).is_encoder_decoder else "sft"
 
     @property
     def needs(self) -> Needs:
@@ -143,7 +159,7 @@ def _run_target(name: str, folder: Path, base: str | None, device: str) -> Targe
             f"the run '{name}' has no adapter yet; finish it with `rankwise train {folder / RUN_FILE} --resume`"
         )
     model = dataclasses.replace(run.model, device=device) if base is None else ModelConfig(base, device)
-    return Target(name, "run", model, adapter, run.data, objective=run.train.objective)
+    return Target(name, "run", model, adapter, run.data, trained_for=run.train.objective)
 
 
 def _adapter_target(name: str, folder: Path, base: str | None, device: str) -> Target:
@@ -153,14 +169,15 @@ def _adapter_target(name: str, folder: Path, base: str | None, device: str) -> T
         return dataclasses.replace(_run_target(name, run_file.parent, base, device), kind="adapter", adapter=folder)
     config = read_config(folder)
     if base is not None:
-        return Target(name, "adapter", ModelConfig(base, device), folder)
+        return Target(name, "adapter", ModelConfig(base, device), folder, task_type=config.task_type)
     stated = config.base_model_name_or_path
     if not stated:
         raise RequestError(f"the adapter '{name}' does not name its base model; give it with --base")
     if stated.startswith(os.sep) and not Path(stated).is_dir():
         raise RequestError(f"the base model of '{name}' is not at '{stated}' any more; give it with --base")
     is_folder = Path(stated).expanduser().is_dir()  # which has no revision, whatever the adapter's writer put there
-    return Target(name, "adapter", ModelConfig(stated, device, None if is_folder else config.revision), folder)
+    model = ModelConfig(stated, device, None if is_folder else config.revision)
+    return Target(name, "adapter", model, folder, task_type=config.task_type)
 
 
 def open_target(target: Target, precision: str = "auto") -> Opened:

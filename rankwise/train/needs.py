@@ -38,9 +38,10 @@ class Needs:
 NEEDS: dict[str, Needs] = {
     "sft": Needs("causal-lm", "CAUSAL_LM", ANSWERS, smooths=True),
     "text": Needs("causal-lm", "CAUSAL_LM", TEXTS, generates=False, smooths=True),
+    "seq2seq": Needs("seq2seq-lm", "SEQ_2_SEQ_LM", ANSWERS, layout="seq2seq", packs=False, smooths=True),
 }
 
-TO_COME = ("seq2seq", "classification", "token-classification", "embedding", "dpo")
+TO_COME = ("classification", "token-classification", "embedding", "dpo")
 """Names that are spoken for."""
 
 

@@ -9,8 +9,10 @@ from functools import partial
 from torch import Tensor
 
 from rankwise.data.packing import collate
+from rankwise.data.seq2seq import collate_seq2seq
 from rankwise.models.head_loss import CROSS_ENTROPY, LossTerms
 from rankwise.models.loss import token_losses
+from rankwise.models.seq2seq import seq2seq_losses
 from rankwise.train.config import TrainConfig
 from rankwise.train.needs import NEEDS
 from rankwise.train.objective import Objective
@@ -21,6 +23,7 @@ TOKENS = Objective(NEEDS["sft"], token_losses, collate)
 OBJECTIVES: dict[str, Objective] = {
     "sft": TOKENS,
     "text": Objective(NEEDS["text"], token_losses, collate),
+    "seq2seq": Objective(NEEDS["seq2seq"], seq2seq_losses, collate_seq2seq),
 }
 
 

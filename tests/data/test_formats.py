@@ -7,6 +7,7 @@ from rankwise.errors import RequestError
 from tests.data.builders import turns
 
 ROWS = {
+    "translation": {"translation": {"en": "q", "fr": "a"}},
     "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
     "prompt_completion": {"prompt": "q", "completion": "a"},
     "text": {"text": "q a"},

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rankwise.errors import RequestError
-from rankwise.evaluate.generate import answer_text, contiguous_head, generate_answers, left_padded
+from rankwise.evaluate.generate import answer_text, contiguous_head, generate_answers, padded
 from tests import tiny
 
 PROMPTS = [(10, 20, 30, 40, 50, 60), (70, 80), (90, 100, 110, 120), (5,), (6, 7, 8)]
@@ -87,6 +87,6 @@ def test_no_prompts_no_answers(llama, tokenizer):
 
 
 def test_left_padding():
-    ids, mask = left_padded([(1, 2, 3), (4,)], 9, torch.device("cpu"))
+    ids, mask = padded([(1, 2, 3), (4,)], 9, torch.device("cpu"), on_left=True)
     assert ids.tolist() == [[1, 2, 3], [9, 9, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
