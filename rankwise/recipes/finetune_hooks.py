@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankwise.errors import WorkError
+from rankwise.errors import WorkError, counted
 from rankwise.evaluate.generate import generate_answers
 from rankwise.evaluate.perplexity import LossError, measure_loss
 from rankwise.recipes.finetune_job import Job
@@ -50,7 +50,7 @@ def evaluation_hook(job: Job, folder: RunFolder, say: Say) -> Hook:
             except LossError as error:
                 raise WorkError(
                     f"step {step.number}: the validation loss is {error.loss}; lower train.lr ({train.lr:g}, "
-                    f"{step.lr:g} at this step), or try train.precision=fp32 if it was bf16"
+                    f"{step.lr:g} at this step), or try train.precision=fp32 if it was bf16 or fp16"
                 ) from error
             step.metrics["valid_loss"] = found.loss
             step.metrics |= {f"valid_{name}": value for name, value in found.figures.items()}
@@ -90,6 +90,12 @@ def logging_hook(job: Job, folder: RunFolder, bar: ProgressBar) -> Hook:
     def log(step: Step) -> None:
         memory_bytes = peak_memory_bytes(device)
         bar.update(step.number, step.loss, progress.num_tokens / progress.train_s, memory_bytes)
+        if step.is_skipped:
+            scale = progress.scale
+            bar.say(
+                f"step {step.number}: the gradients overflowed fp16, the step was skipped "
+                f"({counted(scale.skipped_steps, 'step')} so far); the loss scale is now {scale.factor:g}"
+            )
         if not (period.due(step) or step.is_last or step.metrics):
             return
         progress.loss = progress.interval_loss / progress.interval_trained
@@ -98,10 +104,11 @@ def logging_hook(job: Job, folder: RunFolder, bar: ProgressBar) -> Hook:
                 "step": step.number,
                 "loss": progress.loss,
                 "lr": step.lr,
-                "grad_norm": step.grad_norm,
+                "grad_norm": None if step.is_skipped else step.grad_norm,
                 "tokens_per_s": progress.interval_tokens / progress.interval_s,
                 "peak_memory_bytes": memory_bytes,
                 **means(progress.interval_figures),
+                **progress.scale.figures(),
                 **step.metrics,
             }
         )

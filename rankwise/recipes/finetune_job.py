@@ -36,6 +36,7 @@ from rankwise.train.order import RowOrder
 from rankwise.train.precision import Precision
 from rankwise.train.recompute import enable_gradient_checkpointing
 from rankwise.train.rng import seed_everything, untouched
+from rankwise.train.scale import LossScale
 from rankwise.train.state import Checkpoint, restore
 
 
@@ -95,7 +96,8 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     optimizer = _optimizer(run.train, model)
     start = Path(run.adapter.folder) if isinstance(run.adapter, StartFrom) else None
     job = Job(
-        run, model, data, batches, objective, plan, optimizer, Progress(), settings,
+        run, model, data, batches, objective, plan, optimizer,
+        Progress(scale=LossScale.of(precision.name)), settings,
         provenance(model, run.model.revision, hashes, start, checkpoint.step if checkpoint else None), checkpoint,
     )  # fmt: skip
     _rehearse(job)

@@ -16,7 +16,7 @@ from rankwise.train.needs import NEEDS, TO_COME, Needs
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adamw-fused", "adamw-8bit")
-PRECISIONS = ("fp32", "bf16", "auto")
+PRECISIONS = ("fp32", "bf16", "fp16", "auto")
 
 AUTO = "auto"
 AUTO_EVENTS = 10
@@ -90,8 +90,8 @@ class TrainConfig:
         label_smoothing: the share of a label's probability that is spread over the vocabulary, in training.
         z_loss: the coefficient of log(Z)^2, which keeps the logits' normaliser Z near 1, in training.
         max_grad_norm: gradients are scaled down to this norm; 0 or null: not.
-        precision: of the frozen base: `fp32`, `bf16`, or `auto` (bf16 where a probe shows that it is faster). Adapters
-            and their optimizer state are always fp32.
+        precision: of the frozen base: `fp32`, `bf16`, `fp16` (with a loss scale), or `auto` (bf16 where a probe shows
+            that it is faster). Adapters and their optimizer state are always fp32.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         seed: fixes the adapter's start, the order of rows and dropout.
         log_every, evaluate_every, save_every: steps, "2 epochs", null or 0 for never, `auto` for ten times in a run.
@@ -143,8 +143,6 @@ class TrainConfig:
     def _check_names(self) -> None:
         if self.objective in TO_COME:
             raise RequestError(f"train.objective: '{self.objective}' is not available yet; use {' or '.join(NEEDS)}")
-        if self.precision == "fp16":
-            raise RequestError("train.precision: 'fp16' is not available yet; use bf16, fp32 or auto")
         for name, known in (
             ("objective", NEEDS), ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("precision", PRECISIONS)
         ):  # fmt: skip

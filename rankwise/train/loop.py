@@ -21,6 +21,7 @@ from rankwise.errors import WorkError
 from rankwise.train.objective import MicroBatch, Objective
 from rankwise.train.optim import trained_parameters
 from rankwise.train.optimizers import set_learning_rate
+from rankwise.train.scale import LossScale
 from rankwise.train.watch import LossWatch
 
 
@@ -53,6 +54,7 @@ class Progress:
     interval_figures: dict[str, list[float]] = field(default_factory=dict)
     """Sum and count of each figure of the objective's meter, likewise."""
     watch: LossWatch = field(default_factory=LossWatch)
+    scale: LossScale = field(default_factory=LossScale)
 
 
 @dataclass
@@ -68,6 +70,8 @@ class Step:
     num_trained_tokens: int
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
+    is_skipped: bool = False
+    """Whether its gradients overflowed fp16 (`grad_norm` is not finite then), and nothing was updated."""
 
     @property
     def is_last(self) -> bool:
@@ -93,7 +97,8 @@ def fit(
     and returned. Hooks run with the gradients gone; one that raises ends the run.
 
     Raises: WorkError when nothing in a step carries a label, when no gradient reaches the parameters, or when the loss
-        or the gradient is not finite (the parameters are then as before the step) or the loss diverges.
+        or the gradient is not finite (the parameters are then as before the step) or the loss diverges. In fp16 a step
+        whose gradients overflow is skipped instead; its rows count as read, and its place in the schedule is taken.
     """
     while progress.step < plan.num_steps:
         step = take_step(model, optimizer, batches(progress.step + 1), objective, plan, progress)
@@ -118,18 +123,24 @@ def take_step(
     set_learning_rate(optimizer, lr)
     model.train()
     optimizer.zero_grad(set_to_none=True)
-    loss, num_trained, num_tokens = accumulate(model, optimizer, micro_batches, objective, number)
+    scale = progress.scale
+    loss, num_trained, num_tokens = accumulate(model, optimizer, micro_batches, objective, number, scale.factor)
+    scale.unscale(trained_parameters(optimizer))
     grad_norm = clip_gradients(trained_parameters(optimizer), plan.max_grad_norm)
-    if not math.isfinite(loss) or not math.isfinite(grad_norm):
+    is_finite = math.isfinite(grad_norm)
+    if not math.isfinite(loss) or not (is_finite or scale.is_dynamic):
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {grad_norm}"
         raise WorkError(
-            f"step {number}: {what}; lower train.lr ({lr:g} at this step), or try train.precision=fp32 if it was bf16"
+            f"step {number}: {what}; lower train.lr ({lr:g} at this step), or try train.precision=fp32 if it was bf16 "
+            "or fp16"
         )
     if number == 1 and grad_norm == 0:
         raise WorkError(
             "no gradient reaches the adapter: its layers take no part in the loss; change adapter.target_modules"
         )
-    optimizer.step()
+    scale.update(number, is_finite)
+    if is_finite:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     progress.step = number
@@ -141,7 +152,9 @@ def take_step(
     progress.interval_tokens += num_tokens
     progress.interval_s += seconds
     objective.meter.pour(progress.interval_figures)
-    return Step(number, plan.num_steps, loss, lr, grad_norm, num_tokens, num_trained, seconds)
+    return Step(
+        number, plan.num_steps, loss, lr, grad_norm, num_tokens, num_trained, seconds, is_skipped=not is_finite
+    )  # fmt: skip
 
 
 def accumulate(
@@ -150,8 +163,9 @@ def accumulate(
     micro_batches: Sequence[MicroBatch],
     objective: Objective,
     number: int,
+    factor: float = 1.0,
 ) -> tuple[float, int, int]:
-    """Gradients of the step's mean loss, over all micro batches and processes, into `.grad`.
+    """Gradients of `factor` times the step's mean loss, over all micro batches and processes, into `.grad`.
 
     Returns that mean loss, the number of losses in it, and the number of tokens read.
 
@@ -175,7 +189,7 @@ def accumulate(
         if not losses.requires_grad:
             raise WorkError("the loss does not depend on the adapter: nothing is attached or everything is frozen")
         share = losses.sum() / num_trained
-        share.backward()
+        (share * factor).backward()
         mean_loss += share.detach().cpu().double()
     if distributed.world_size() > 1:
         gradients = [_gradient(parameter) for parameter in trained_parameters(optimizer)]

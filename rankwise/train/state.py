@@ -34,6 +34,7 @@ from rankwise.files import replacing_folder, sha256_bytes, sha256_file
 from rankwise.train.loop import Progress
 from rankwise.train.optim import load_optimizer_state
 from rankwise.train.rng import process_seed, rng_state, seed_everything, set_rng_state
+from rankwise.train.scale import LossScale
 from rankwise.train.shares import owned, whole_state
 from rankwise.train.watch import LossWatch
 
@@ -174,7 +175,9 @@ def damage(folder: Path) -> str | None:
 
 def _read(folder: Path) -> Checkpoint:
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    progress = Progress(**{**record["progress"], "watch": LossWatch(**record["progress"]["watch"])})
+    saved = record["progress"]
+    parts = {"watch": LossWatch(**saved["watch"]), "scale": LossScale(**saved["scale"])}
+    progress = Progress(**{**saved, **parts})
     return Checkpoint(folder, progress, record["settings"])
 
 

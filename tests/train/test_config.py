@@ -39,7 +39,7 @@ from rankwise.train.needs import NEEDS
         ({"z_loss": float("nan")}, ("train.z_loss", "nan")),
         ({"betas": (0.9, 1.0)}, ("betas", "1.0")),
         ({"max_grad_norm": -1.0}, ("max_grad_norm", "-1.0")),
-        ({"precision": "fp16"}, ("fp16", "not available yet")),
+        ({"precision": "fp8"}, ("fp8", "fp16")),
         ({"precision": "float32"}, ("train.precision", "fp32")),
         ({"save_every": "2 moons"}, ("train.save_every", "2 epochs", "2 moons")),
         ({"save_every": -3}, ("train.save_every", "-3")),
