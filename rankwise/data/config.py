@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rankwise.data.columns import Columns
+from rankwise.data.fields import ANSWERS
 from rankwise.data.formats import FORMATS
 from rankwise.errors import RequestError, did_you_mean
 
@@ -14,6 +17,8 @@ HUB_PREFIX = "hf:"
 """Begins the name of a data set of the Hub, where a path may stand."""
 LINE = "line"
 PARAGRAPH = "paragraph"
+ERROR = "error"
+SKIP = "skip"
 TEMPLATE_NAMES = (AUTO, PLAIN, COMPLETION)
 TEMPLATE_SUFFIX = ".jinja"
 WHOLE = "whole"
@@ -29,6 +34,8 @@ class Reading:
 
     format: str = AUTO
     text_rows: str = LINE
+    columns: Mapping[str, str] | None = None
+    system: str | None = None
 
 
 BY_KEYS = Reading()
@@ -49,6 +56,9 @@ class DataConfig:
         chat_template: `auto` (the tokenizer's own, or `plain` when it has none), `plain` ("### User:" and so on),
             `completion` (the prompt, then its completion, nothing around them), or the path of a `.jinja` file.
         text_rows: what a row of a `.txt` file is: a `line` that is not blank, or a `paragraph`, up to a blank line.
+        columns: fields of a format, each as the column it is taken from, or a text with columns in braces.
+        system: the system prompt of rows that have none of their own.
+        on_bad_row: whether rows that can't be used are an `error`, or `skip`: left out, and counted.
 
     Raises: RequestError for a value out of range, or a setting without effect.
     """
@@ -61,6 +71,9 @@ class DataConfig:
     packing: bool | None = None
     chat_template: str = AUTO
     text_rows: str = LINE
+    columns: dict[str, str] | None = None
+    system: str | None = None
+    on_bad_row: str = ERROR
 
     def __post_init__(self) -> None:
         for name in ("train", "valid", "test"):
@@ -80,18 +93,38 @@ class DataConfig:
             raise RequestError(
                 f"data.text_rows can't be '{self.text_rows}'{did_you_mean(self.text_rows, (LINE, PARAGRAPH))}"
             )
+        if self.on_bad_row not in (ERROR, SKIP):
+            raise RequestError(
+                f"data.on_bad_row can't be '{self.on_bad_row}'{did_you_mean(self.on_bad_row, (ERROR, SKIP))}"
+            )
+        if self.columns is not None:
+            check_columns(self.columns)
+        if self.system is not None and not self.system.strip():
+            raise RequestError("data.system is empty; write a system prompt, or null for none")
+        if self.system is not None and self.format != AUTO and FORMATS[self.format].rows != ANSWERS:
+            raise RequestError(f"data.system has no effect on rows of format {self.format}; leave it out")
         if self.format == "text" and self.chat_template != AUTO:
             raise RequestError(text_has_no_template(self.chat_template))
 
     @property
     def reading(self) -> Reading:
         """How files become rows."""
-        return Reading(self.format, self.text_rows)
+        return Reading(self.format, self.text_rows, self.columns, self.system)
 
     @property
     def has_template_file(self) -> bool:
         """Whether `chat_template` is a path."""
         return self.chat_template.endswith(TEMPLATE_SUFFIX)
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Raises: RequestError for a mapping that is empty, makes a field of no format, or is no mapping of columns."""
+    if not columns:
+        raise RequestError("data.columns is empty and has no effect; name a column for each field, or set it to null")
+    known = [name for form in FORMATS.values() for name in form.fields]
+    for name in Columns(columns).names:
+        if name not in known:
+            raise RequestError(f"data.columns.{name}: no format has the field '{name}'{did_you_mean(name, known)}")
 
 
 def paths_of(value: str | list[str]) -> list[str]:

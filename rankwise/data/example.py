@@ -68,3 +68,5 @@ class Loaded:
     num_emptied: int = 0
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    num_skipped: int = 0
+    """Rows left out because they can't be used, where `data.on_bad_row` allows that."""

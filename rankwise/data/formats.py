@@ -3,7 +3,7 @@
 | name | row |
 | --- | --- |
 | messages | `messages`: list of `role` and `content` (see `rankwise.data.chat`); may have `system`, `tools` |
-| prompt_completion | `prompt`, `completion`: texts, or lists of turns; then may have `tools` |
+| prompt_completion | `prompt`, `completion`: texts, or lists of turns with `tools`; may have `system` |
 | text | `text`: trained on whole |
 | alpaca | `instruction`, `input` (may be absent or empty), `output`; may have `system` |
 | sharegpt | `conversations`: list of `from` and `value`; may have `system`, `tools` |
@@ -51,6 +51,13 @@ class Format:
     turns: Callable[[Mapping[str, Any]], Turns]
     not_with: tuple[str, ...] = ()
     rows: str = ANSWERS
+    optional: tuple[str, ...] = ()
+    """Fields that a row may have."""
+
+    @property
+    def fields(self) -> list[str]:
+        """All names of fields that are read."""
+        return [*(name for key in self.keys for name in key.split("|")), *self.optional]
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has this format's fields, whatever their values."""
@@ -66,7 +73,7 @@ def from_prompt_completion(row: Mapping[str, Any]) -> Turns:
     """`{"prompt": "...", "completion": "..."}`; or two lists of turns, of which the completion's are trained on."""
     if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
         return _split_conversation(row)
-    return Turn(USER, filled(row, "prompt")), Turn(ASSISTANT, filled(row, "completion"))
+    return *_leading_system(row), Turn(USER, filled(row, "prompt")), Turn(ASSISTANT, filled(row, "completion"))
 
 
 def from_text(row: Mapping[str, Any]) -> Turns:
@@ -111,7 +118,7 @@ def _split_conversation(row: Mapping[str, Any]) -> Turns:
         raise RowError("completion has no assistant turn: there is nothing to train on")
     turns = (*untrained(prompt), *completion)
     check_order(turns, shown, "prompt and completion")
-    return *declared_tools(row), *turns
+    return _with_system(row, (*declared_tools(row), *turns), "prompt")
 
 
 def from_translation(row: Mapping[str, Any]) -> Turns:
@@ -130,11 +137,13 @@ def from_translation(row: Mapping[str, Any]) -> Turns:
 
 
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), from_messages),
-    "prompt_completion": Format(("prompt", "completion"), from_prompt_completion, not_with=("label",)),
+    "messages": Format(("messages",), from_messages, optional=("system", "tools")),
+    "prompt_completion": Format(
+        ("prompt", "completion"), from_prompt_completion, not_with=("label",), optional=("system", "tools")
+    ),
     "text": Format(("text",), from_text, not_with=("label", "labels"), rows=TEXTS),
-    "alpaca": Format(("instruction", "output"), from_alpaca),
-    "sharegpt": Format(("conversations",), from_sharegpt),
+    "alpaca": Format(("instruction", "output"), from_alpaca, optional=("input", "system", "history")),
+    "sharegpt": Format(("conversations",), from_sharegpt, optional=("system", "tools")),
     "translation": Format(("translation",), from_translation),
 }
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rankwise.data.config import WHOLE, DataConfig, paths_of
 from rankwise.data.encoder import Counts, Encoder, Prompts
 from rankwise.data.example import Example, Loaded
-from rankwise.data.rows import BadRows, Problem, Rows, read_rows
+from rankwise.data.rows import BadRows, Problem, Rows, read_rows, tolerated
 from rankwise.errors import RequestError, counted
 
 _CHUNK_ROWS = 1000
@@ -37,8 +37,10 @@ def load_rows(
         has a trained token.
     """
     loaded, problems = encode(rows, tokenizer, config, layout)
-    if problems:
+    skipped = tolerated(problems, config.on_bad_row)
+    if problems and not loaded.num_rows:
         raise BadRows(problems)
+    loaded = dataclasses.replace(loaded, warnings=(*skipped, *loaded.warnings), num_skipped=len(problems))
     if not loaded.examples:
         files = ", ".join(paths_of(paths) if isinstance(paths, str) else paths)
         raise RequestError(

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.config import WHOLE, DataConfig
+from rankwise.data.config import SKIP, WHOLE, DataConfig
 from rankwise.data.example import Example, Loaded
 from rankwise.data.loader import encode
-from rankwise.data.rows import Problem, Row, Rows, leak_warning, num_leaked, read_rows
+from rankwise.data.rows import Problem, Row, Rows, leak_warning, num_leaked, read_rows, tolerated
 from rankwise.errors import counted
 
 SPLITS = ("train", "valid", "test")
@@ -45,7 +45,7 @@ def preview(
         **splits["train"],
         "leaks": sum(leaks.values()),
         "problems": [_problem(problem) for _, problems in encoded.values() for problem in problems],
-        "warnings": _warnings(encoded, splits, leaks),
+        "warnings": _warnings(encoded, splits, leaks, config.on_bad_row),
         "notes": list(dict.fromkeys(note for found, _ in encoded.values() for note in found.notes)),
         "examples": [_shown(example) for example in loaded.examples[:rows]],
         "splits": splits,
@@ -84,9 +84,16 @@ def _quantiles(lengths: Sequence[int]) -> dict[str, int]:
 
 
 def _warnings(
-    encoded: dict[str, tuple[Loaded, Any]], splits: dict[str, dict[str, Any]], leaks: dict[str, int]
+    encoded: dict[str, tuple[Loaded, list[Problem]]],
+    splits: dict[str, dict[str, Any]],
+    leaks: dict[str, int],
+    on_bad_row: str,
 ) -> list[str]:
     texts = [f"{name}: {text}" for name, (loaded, _) in encoded.items() for text in loaded.warnings]
+    for name, (_, problems) in encoded.items():
+        if on_bad_row == SKIP:
+            bad_rows = [problem for problem in problems if not problem.of_file]
+            texts += [f"{name}: {text}" for text in tolerated(bad_rows, on_bad_row)]
     for name, split in splits.items():
         if split["duplicates"]:
             texts.append(f"{name}: {counted(split['duplicates'], 'row')} equal to an earlier row")

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rankwise.data.config import AUTO, BY_KEYS, Reading
-from rankwise.data.formats import FORMATS, RowError, Turns, detect
+from rankwise.data.columns import Columns
+from rankwise.data.config import AUTO, BY_KEYS, ERROR, Reading
+from rankwise.data.fields import ANSWERS, SYSTEM, TOOLS, RowError, Turn, Turns
+from rankwise.data.formats import FORMATS, detect
 from rankwise.data.readers.records import Fault, Item, Record
 from rankwise.data.sources import Part, expand, parts
 from rankwise.errors import RequestError, counted
@@ -62,6 +64,20 @@ def problem_lines(problems: Sequence[Problem], most: int = SHOWN_PROBLEMS) -> li
     """A line for each problem, and how many more there are."""
     rest = len(problems) - most
     return [str(problem) for problem in problems[:most]] + ([f"and {rest:,} more"] if rest > 0 else [])
+
+
+def tolerated(problems: Sequence[Problem], on_bad_row: str) -> tuple[str, ...]:
+    """What is said of rows that are left out, by `data.on_bad_row`.
+
+    Raises: BadRows when that is error, or a file can't be read to its end, which is no matter of rows.
+    """
+    if not problems:
+        return ()
+    if on_bad_row == ERROR or any(problem.of_file for problem in problems):
+        raise BadRows(problems)
+    more = "" if len(problems) == 1 else "; data preview lists all"
+    count = counted(len(problems), "row")
+    return (f"{count} left out because of data.on_bad_row=skip, the first {problems[0]}{more}",)
 
 
 @dataclass(frozen=True)
@@ -150,9 +166,18 @@ def _part_rows(part: Part, reading: Reading, found: Findings) -> Iterator[Row | 
             if len(records) == DETECT_ROWS:
                 break
     name = reading.format
+    columns = None if reading.columns is None else Columns(reading.columns)
     if records:
         is_start = len(records) == DETECT_ROWS
-        name, why = detect(records, part.name, is_start) if name == AUTO else (name, "as set")
+        if columns is not None:
+            columns.check(records, part.name, is_start)
+        if name != AUTO:
+            why = "as set"
+        elif columns is not None:
+            name, why = detect([(records[0][0], dict.fromkeys(columns.names))], part.name)[0], "by data.columns"
+        else:
+            name, why = detect(records, part.name, is_start)
+        _check_effects(reading, name, part.name)
         found.formats[name] = None
         found.reasons.append(f"{part.name}: {name} ({why}; {part.kind})")
     elif not any(isinstance(item, Fault) for item in start):
@@ -164,7 +189,7 @@ def _part_rows(part: Part, reading: Reading, found: Findings) -> Iterator[Row | 
         elif isinstance(item, Fault):
             yield Problem(part.name, item.line, item.reason, item.ends_file)
         else:
-            yield _row(part.name, item, name)
+            yield _row(part.name, item, name, columns, reading.system)
 
 
 def _chained(start: list[Item], rest: Iterator[Item]) -> Iterator[Item]:
@@ -175,8 +200,31 @@ def _chained(start: list[Item], rest: Iterator[Item]) -> Iterator[Item]:
     yield from rest
 
 
-def _row(file: str, record: Record, format: str) -> Row | Problem:
+def _check_effects(reading: Reading, format: str, file: str) -> None:
+    """Raises: RequestError for settings that mean nothing to rows of this format."""
+    known = FORMATS[format].fields
+    unread = next((field for field in reading.columns or () if field not in known), None)
+    if unread is not None:
+        raise RequestError(
+            f"data.columns.{unread} has no effect on the rows of '{file}', of format {format}, which has the fields "
+            f"{', '.join(known)}; leave it out"
+        )
+    if reading.system is not None and FORMATS[format].rows != ANSWERS:
+        raise RequestError(f"data.system has no effect on the rows of '{file}', of format {format}; leave it out")
+
+
+def _row(file: str, record: Record, format: str, columns: Columns | None, system: str | None) -> Row | Problem:
     try:
-        return Row(file, record.line, FORMATS[format].turns(record.value))
+        value = record.value if columns is None else columns.apply(record.value)
+        return Row(file, record.line, _with_system(FORMATS[format].turns(value), system))
     except RowError as reason:
-        return Problem(file, record.line, str(reason))
+        source = "" if columns is None else columns.source(str(reason))
+        return Problem(file, record.line, f"{reason}{source}")
+
+
+def _with_system(turns: Turns, system: str | None) -> Turns:
+    """The turns, with the system prompt in front where they have none."""
+    if system is None or any(turn.role == SYSTEM for turn in turns):
+        return turns
+    num_tools = sum(turn.role == TOOLS for turn in turns)
+    return *turns[:num_tools], Turn(SYSTEM, system), *turns[num_tools:]

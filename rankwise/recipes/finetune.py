@@ -131,4 +131,5 @@ def _summary(job: Job, folder: RunFolder) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(job.model.device),
         "trainable_parameters": sum(parameter.numel() for parameter in adapter_parameters(job.model).values()),
         "resumed_from": job.resumed_from,
+        "skipped_rows": sum(part.num_skipped for part in (job.data.train, job.data.valid) if part is not None),
     }

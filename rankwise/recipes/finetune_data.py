@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rankwise.data.config import SKIP
 from rankwise.data.example import Loaded
 from rankwise.data.formats import FORMATS
 from rankwise.data.loader import load_rows
@@ -76,7 +77,7 @@ def load_data(run: RunConfig) -> RunData:
             continue
         try:
             read[split] = read_rows(paths, run.data.reading)
-            if not read[split].problems:
+            if read[split].format and (run.data.on_bad_row == SKIP or not read[split].problems):
                 check_objective(run.train.objective, split, read[split].format, read[split].why)
             loaded[split] = load_rows(read[split], paths, tokenizer, run.data, run.train.needs.layout)
         except BadRows as bad:

@@ -93,3 +93,28 @@ def test_an_encoder_is_refused(tmp_path, model, capsys):
     write_rows(tmp_path / "train.jsonl", [messages("Hi", "Yo")])
     assert main(["data", "preview", run_file(tmp_path, model, "train.jsonl"), "--json"]) == 2
     assert "is an encoder" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+def test_skipped_rows_are_said_and_fail_all_the_same(tmp_path, model, capsys):
+    write_rows(tmp_path / "train.jsonl", [messages("Hi", "Yo"), {"messages": 3}])
+    path = run_file(tmp_path, model, "train.jsonl", on_bad_row="skip")
+    assert main(["data", "preview", path, "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert document["rows"] == 1
+    assert [item["line"] for item in document["problems"]] == [2]
+    (warning,) = document["warnings"]
+    assert warning.startswith("train: 1 row left out because of data.on_bad_row=skip, the first ")
+
+
+def test_any_columns_of_any_file(tmp_path, model, capsys):
+    (tmp_path / "train.csv").write_text('question,answer\n"What, then?",Hi\n')
+    path = run_file(tmp_path, model, "train.csv", columns={"prompt": "{question} Say.", "completion": "answer"})
+    assert main(["data", "preview", path, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert "What, then? Say." in document["examples"][0]["text"]
+    assert document["why"].endswith("; CSV)")
+    assert main(["data", "preview", path, "data.columns.completion=anser", "--json"]) == 2
+    message = json.loads(capsys.readouterr().out)["error"]["message"]
+    assert "did you mean 'answer'" in message
+    for wrong in ("data.columns.completion={answer!r}", "data.on_bad_row=drop"):
+        assert main(["data", "preview", path, wrong]) == 2

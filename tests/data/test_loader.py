@@ -152,3 +152,26 @@ def test_the_embedded_models_own_template(tmp_path):
     assert stop_token_ids(tokenizer, DataConfig(train="unused")) == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
     demo = load_examples(str(DEMO / "valid.jsonl"), tokenizer, DataConfig(train="unused"))
     assert (len(demo.examples), demo.num_truncated, demo.warnings) == (300, 0, ())
+
+
+def test_bad_rows_may_be_skipped_and_are_counted(tmp_path):
+    good, bad = messages("Hi", "Yo"), {"messages": "none"}
+    path = write_rows(tmp_path / "rows.jsonl", [good, bad, good, bad])
+    loaded = load(path, on_bad_row="skip")
+    assert ([example.line for example in loaded.examples], loaded.num_skipped) == ([1, 3], 2)
+    assert loaded.warnings[0].startswith(
+        f"2 rows left out because of data.on_bad_row=skip, the first {path}:2: messages"
+    )
+    template = write_rows(tmp_path / "template.jsonl", [messages("Hi", "Yo"), messages("a", "b", "c", "d")])
+    assert load(template, on_bad_row="skip", chat_template="completion").num_skipped == 1
+    with pytest.raises(BadRows):
+        load(write_rows(tmp_path / "all.jsonl", [bad, bad]), on_bad_row="skip", format="messages")
+
+
+def test_a_file_that_can_not_be_read_is_not_skipped(tmp_path):
+    import gzip
+
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 5000)[:-20])
+    with pytest.raises(BadRows, match="can't be read from here on"):
+        load(str(path), on_bad_row="skip")
