@@ -27,6 +27,7 @@ from tests.recipes.runs import adapter_bytes, metrics, settings
 SUMMARY = {
     "output", "steps", "final_loss", "best_valid_loss", "tokens_per_s", "peak_memory_bytes", "trainable_parameters",
     "resumed_from",
+    "skipped_rows",
 }  # fmt: skip
 
 
@@ -225,3 +226,9 @@ def test_smoothing_is_trained_on_and_never_measured(files: Path, tmp_path: Path)
     (plain_loss, plain_valid), (smooth_loss, smooth_valid) = found
     assert smooth_valid == pytest.approx(plain_valid, abs=1e-5)
     assert smooth_loss > plain_loss + 0.5
+
+
+def test_skipped_rows_are_in_the_summary(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = settings(files, tmp_path / "out", data={"train": str(files / "bad.jsonl"), "on_bad_row": "skip"})
+    assert train(run)["skipped_rows"] == 2
+    assert "2 rows left out because of data.on_bad_row=skip" in capsys.readouterr().err
