@@ -6,7 +6,9 @@ adapter's part into the output of the base's matrix product. Backward writes dx 
 copies in the dtype of x; their gradients have their own dtype.
 
 Legend: N tokens, n inputs, o outputs, r rank, s scale. Gradients (G = dL/dy): dB = s G^T h, dh = s G B, dA = dh^T d(x),
-dx = G W + d'(dh A). W is frozen and gets none.
+dx = G W + d'(dh A). W is frozen and gets none. A W that is stored in 8 or 4 bits is dequantised in the forward pass and
+again in the backward pass, and not kept. (s B A is not folded into it, which would save a product: in bf16 the sum
+would round small changes away.)
 """
 
 # torch types Function.apply and ctx loosely, and strict mode brings these rules back
@@ -19,11 +21,12 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rankwise.adapters.dropout import KeepRule, kept_entries, only_kept
 from rankwise.adapters.sharing import Derived
+from rankwise.quantized import dense_weight
 
 
 class Factors(NamedTuple):
@@ -49,6 +52,7 @@ class _Constants(NamedTuple):
     h: Tensor | None
     kept: Tensor | None
     derived: tuple[Derived, ...]
+    stored: nn.Module | None
 
 
 class LoraLinear(torch.autograd.Function):
@@ -58,17 +62,20 @@ class LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Float[Tensor, "N n"],
-        weight: Float[Tensor, "o n"],
+        weight: Float[Tensor, "o n"] | None,
         bias: Float[Tensor, " o"] | None,
         A: Float[Tensor, "r n"],
         B: Float[Tensor, "o r"],
         constants: _Constants,
     ) -> Float[Tensor, "N o"]:
-        """Shapes as in the legend; the constants' scale has the inverse of the probability of keeping in it."""
-        down, up, scale, h, kept, ctx.derived = constants
+        """Shapes as in the legend; the constants' scale has the inverse of the probability of keeping in it.
+
+        Without `weight`, it is that of the constants' `stored` layer.
+        """
+        down, up, scale, h, kept, ctx.derived, ctx.stored = constants
         if h is None:
             h = F.linear(x if kept is None else only_kept(x, kept), down)
-        y = F.linear(x, weight, bias).addmm_(h, up.T, alpha=scale)
+        y = F.linear(x, _dense(weight, ctx.stored, x), bias).addmm_(h, up.T, alpha=scale)
         ctx.save_for_backward(x, h, weight, down, up, kept)
         ctx.scale, ctx.dtypes = scale, (A.dtype, B.dtype)
         return y
@@ -87,7 +94,7 @@ class LoraLinear(torch.autograd.Function):
             if need_A:
                 grad_A = (grad_h.T @ (x if kept is None else only_kept(x, kept))).to(ctx.dtypes[0]).mul_(ctx.scale)
             if need_x:
-                grad_x = grad @ weight
+                grad_x = grad @ _dense(weight, ctx.stored, grad)
                 if kept is None:
                     grad_x.addmm_(grad_h, down, alpha=ctx.scale)
                 else:
@@ -97,25 +104,38 @@ class LoraLinear(torch.autograd.Function):
         return grad_x, None, grad.sum(0) if need_bias else None, grad_A, grad_B, None
 
 
+def _dense(weight: Tensor | None, stored: nn.Module | None, like: Tensor) -> Float[Tensor, "o n"]:
+    """W, dequantised into the dtype of `like` where it is stored."""
+    if stored is not None:
+        return dense_weight(stored, like.dtype)
+    assert weight is not None
+    return weight
+
+
 def lora_linear(
     x: Float[Tensor, "*batch n"],
-    weight: Float[Tensor, "o n"],
+    weight: Float[Tensor, "o n"] | nn.Module,
     bias: Float[Tensor, " o"] | None,
     factors: Factors,
     rule: KeepRule | None = None,
 ) -> Float[Tensor, "*batch o"]:
-    """The layer's output, differentiable in x, A, B and a trained bias; `weight` must be frozen. `rule`: dropout's."""
+    """The layer's output, differentiable in x, A, B and a trained bias. `rule`: dropout's.
+
+    `weight` must be frozen; a layer stands for one that is stored in 8 or 4 bits.
+    """
     flat = x.reshape(-1, x.shape[-1])
+    stored, plain = (weight, None) if isinstance(weight, nn.Module) else (None, weight)
     A, B, scale, down, up, h, derived = factors
     kept = None
     if rule is not None:
         kept = kept_entries(flat.numel(), rule, flat.device)
         scale /= rule.probability
     if torch.is_grad_enabled():
-        constants = _Constants(down, up, scale, h, kept, derived)
-        y = cast(Tensor, LoraLinear.apply(flat, weight, bias, A, B, constants))
+        constants = _Constants(down, up, scale, h, kept, derived, stored)
+        y = cast(Tensor, LoraLinear.apply(flat, plain, bias, A, B, constants))
     else:
         if h is None:
             h = F.linear(flat if kept is None else only_kept(flat, kept), down)
-        y = F.linear(flat, weight, bias).addmm_(h, up.T, alpha=scale)
-    return y.view(*x.shape[:-1], weight.shape[0])
+        y = F.linear(flat, plain, bias) if plain is not None else cast(nn.Module, stored)(flat)  # its own kernels
+        y.addmm_(h, up.T, alpha=scale)
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -25,6 +25,7 @@ from rankwise.adapters.layers import LayerKind
 from rankwise.adapters.sharing import Derived, Readers
 from rankwise.adapters.starts import STARTS, TAKEN_FROM_BASE, StartRequest, zero_table
 from rankwise.errors import RequestError
+from rankwise.quantized import computes_by_weight, is_quantized
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where a module keeps those who listen to its calls."""
@@ -106,8 +107,10 @@ class LowRankLayer(AdapterLayer):
             y = self.base(x)
             return y + self.change(x).to(y.dtype)
         rule = self.keep_rule if self.training else None
-        weight = self.kind.matrix(self.weight)
-        return lora_linear(x, weight, self.bias, self._factors(x, shared=rule is None), rule)
+        factors = self._factors(x, shared=rule is None)
+        if is_quantized(self.base):
+            return lora_linear(x, self.base, None if self.bias is None else self.bias.to(x.dtype), factors, rule)
+        return lora_linear(x, self.kind.matrix(self.weight), self.bias, factors, rule)
 
     def _factors(self, x: Tensor, shared: bool) -> Factors:
         """The factors, cast and with x A^T where another layer has computed it. A compiler shares by itself."""
@@ -123,20 +126,22 @@ class LowRankLayer(AdapterLayer):
         return Factors(A, B, self.scale, down, up, h, (self.readers.derived, of_B))
 
     def _can_fuse(self, x: Tensor) -> bool:
-        """A plain frozen linear layer that nobody listens to, without a subtracted start, outside of autocast.
+        """A plain or quantised frozen linear layer that nobody listens to, without a subtracted start or autocast.
 
         Hooks and forwards replaced on the instance (offloading does both) act only when the base itself is called. A
-        compiler draws random numbers its own way: there dropout takes the plain path.
+        compiler draws random numbers its own way: there dropout takes the plain path; so do quantised layers.
         """
         base = self.base
         drops = self.training and self.dropout > 0
+        if is_quantized(base):
+            is_known = computes_by_weight(base, x) and not torch.compiler.is_compiling()
+        else:
+            is_known = type(base) in FUSED and x.dtype == self.weight.dtype and "forward" not in vars(base)
         return (
-            type(base) in FUSED
-            and x.dtype == self.weight.dtype
+            is_known
             and not self.weight.requires_grad
             and not self.weight.is_meta
             and not any(vars(base)[hooks] for hooks in HOOKS)
-            and "forward" not in vars(base)
             and self.start_A is None
             and not (drops and (self.keep_rule is None or torch.compiler.is_compiling()))
             and not torch.is_autocast_enabled(x.device.type)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from rankwise.adapters.base import AdapterLayer
 from rankwise.adapters.low_rank import FUSED, HOOKS, LowRankLayer
 from rankwise.adapters.sharing import Readers
+from rankwise.quantized import is_quantized
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,9 @@ def join_readers(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
     joinable = {
         layer.base: layer
         for layer in layers.values()
-        if isinstance(layer, LowRankLayer) and type(layer.base) in FUSED and layer.start_A is None
+        if isinstance(layer, LowRankLayer)
+        and (type(layer.base) in FUSED or is_quantized(layer.base))
+        and layer.start_A is None
     }
     if len(joinable) < 2 or not isinstance(model, PreTrainedModel):
         return
