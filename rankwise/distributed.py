@@ -9,7 +9,10 @@ travel by gloo, those on a GPU by NCCL. Two ways to fail are kept apart: what go
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,6 +28,8 @@ TIMEOUT_S = 1800
 
 TIMEOUT_VARIABLE = "RANKWISE_TIMEOUT_S"
 """Environment variable that sets another time."""
+
+MEETING_POLL_S = 0.05
 
 CHECKSUM_CHUNK = 1 << 22
 CHECKSUM_PERIOD = 65521
@@ -105,36 +110,85 @@ def _number(variable: str, default: int) -> int:
 # --- joining -------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def joined() -> Iterator[None]:
-    """In the block, the processes that torchrun started know each other. Without torchrun, or inside, it does nothing.
+def join() -> None:
+    """Meets the other processes that torchrun started, unless that was done before, or there are none.
 
     Raises: WorkError when the others can't be reached.
     """
     if dist.is_initialized() or launched_processes() == 1:
-        yield
         return
     has_gpu = torch.cuda.is_available() and local_rank() < torch.cuda.device_count()
     if has_gpu:
         torch.cuda.set_device(local_rank())
     timeout_s = _number(TIMEOUT_VARIABLE, TIMEOUT_S)
+    timeout = timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        meeting = _meeting(store, rank, world_size, timeout_s)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=timeout, rank=rank, world_size=world_size,
+            store=dist.PrefixStore(meeting, store),
+        )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise WorkError(
             f"process {launched_rank()} of {launched_processes()} could not meet the others at {where}: "
             f"{_line(error)}; start them all with torchrun"
         ) from error
-    lost = False
+
+
+def _meeting(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
+    """A name for this meeting of all processes, which no earlier one had.
+
+    torchrun may keep one store over its restarts, and what processes that are dead have left in it: a process that
+    takes a dead one's address from there waits for ever. So each writes down a number of its own; the first collects
+    them, and a collection stands when every number in it has been confirmed, which the dead do not do.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"rankwise/process/{rank}", own)
+    ends = time.monotonic() + timeout_s
+    while time.monotonic() < ends:
+        if rank == 0:
+            names = [f"rankwise/process/{other}" for other in range(world_size)]
+            numbers = [store.get(name).decode() for name in names] if store.check(names) else []
+            store.set("rankwise/numbers", " ".join(numbers))
+        else:
+            numbers = store.get("rankwise/numbers").decode().split()
+        if len(numbers) == world_size and numbers[rank] == own:
+            meeting = hashlib.sha256(" ".join(numbers).encode()).hexdigest()
+            store.set(f"rankwise/{meeting}/{own}", "")
+            if rank == 0 and store.check([f"rankwise/{meeting}/{number}" for number in numbers]):
+                store.set(f"rankwise/{meeting}", "")
+            if store.check([f"rankwise/{meeting}"]):
+                return meeting
+        time.sleep(MEETING_POLL_S)
+    raise RuntimeError(f"not all of them came within {timeout_s:g} s")
+
+
+def leave() -> None:
+    """Parts from the other processes."""
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """In the block, the processes that torchrun started know each other. Without torchrun, or inside, it does nothing.
+
+    Raises: as `join`.
+    """
+    if dist.is_initialized() or launched_processes() == 1:
+        yield
+        return
+    join()
     try:
         yield
     except LostProcess:
-        lost = True  # leaving in order would wait for the one that is gone
+        raise  # leaving in order would wait for the one that is gone
+    except BaseException:
+        leave()
         raise
-    finally:
-        if not lost:
-            dist.destroy_process_group()
+    else:
+        leave()
 
 
 def says_why() -> bool:

@@ -3,7 +3,8 @@
 A command's module offers three functions: `add_arguments(parser)`, `run(args) -> dict` (its JSON document) and
 `show(result)` (the same for people). A document with `error: {code, message}` is printed, and then failed with.
 Exit codes: 0 done, 1 the work failed, 2 the request was wrong. With `--json`, stdout holds one JSON document and
-nothing else. Nothing here imports torch.
+nothing else. Nothing here imports torch, unless torchrun has started several processes: these meet first, the first of
+them prints the result, and of those that fail one says why (and leaves it where torchrun's own report looks for it).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol, cast
 
@@ -29,15 +32,16 @@ from rankwise.errors import RankwiseError, RequestError, did_you_mean
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command lives, and what it does in one line."""
+    """Where a command lives, what it does in one line, and whether several processes may do it together."""
 
     module: str
     summary: str
+    takes_processes: bool = False
 
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("rankwise.cli.demo", "fine-tune a real 135M model on this machine, measure it, merge it"),
-    "train": Command("rankwise.cli.train", "one fine-tuning run from a run file"),
+    "train": Command("rankwise.cli.train", "one fine-tuning run from a run file", takes_processes=True),
     "data preview": Command("rankwise.cli.data", "what is masked and what is trained on, before training"),
     "evaluate": Command("rankwise.cli.evaluate", "loss and answers of a model, adapter or run on a data file"),
     "merge": Command("rankwise.cli.merge", "an adapter folded into its model, with a certificate"),
@@ -92,7 +96,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     with _noting_ctrl_c() as pressed:
-        return _answered(arguments, as_json, pressed)
+        if not _is_one_of_many():
+            return _answered(arguments, as_json, pressed)
+        return _answered_together(arguments, as_json, pressed)
+
+
+def _is_one_of_many() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+
+
+def _answered_together(arguments: list[str], as_json: bool, pressed: Sequence[int]) -> int:
+    """As `_answered`, for one of several processes: they meet, so that one of them can speak for all."""
+    from rankwise import distributed
+
+    try:
+        distributed.join()
+    except RankwiseError as error:
+        return _fail(error.code, error.message, as_json)
+    code = _answered(arguments, as_json, pressed)
+    if code == 0:  # else another process may be gone, and leaving in order would wait for it
+        distributed.leave()
+    return code
 
 
 @contextlib.contextmanager
@@ -154,6 +178,9 @@ def _dispatch(arguments: list[str], as_json: bool) -> int:
         print(overview())
         return 0
     name, rest = _chosen(arguments)
+    if name in COMMANDS and _is_one_of_many() and not COMMANDS[name].takes_processes:
+        able = " and ".join(f"`{other}`" for other, entry in COMMANDS.items() if entry.takes_processes)
+        raise RequestError(f"`rankwise {name}` works in one process (several can do {able}); start it without torchrun")
     if name not in COMMANDS:  # a group, as `data`, asked for its help
         print(overview(prefix=f"{name} "))
         return 0
@@ -167,6 +194,8 @@ def _dispatch(arguments: list[str], as_json: bool) -> int:
         return int(done.code or 0)
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         result = module.run(args)
+    if _is_one_of_many() and os.environ.get("RANK") != "0":
+        return 0
     _print_json(result) if as_json else module.show(result)
     failure = result.get("error")  # of a merge, a number: its rounding error
     if not isinstance(failure, Mapping):
@@ -232,10 +261,26 @@ def overview(prefix: str = "") -> str:
 
 
 def _fail(code: int, message: str, as_json: bool) -> int:
+    if _is_one_of_many() and not _speaks(message):
+        return code
     if as_json:
         _print_json({"error": {"code": code, "message": message}})
     print(f"rankwise: error: {message}", file=sys.stderr)
     return code
+
+
+def _speaks(message: str) -> bool:
+    """Whether this one of several processes is to say why they fail; it is then noted for torchrun's report too."""
+    from rankwise import distributed
+
+    if not distributed.says_why():
+        return False
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        document = {"message": {"message": message, "extraInfo": extra}}
+        with contextlib.suppress(OSError):  # the report then says less; the message is on stderr anyhow
+            Path(file).write_text(json.dumps(document), encoding="utf-8")
+    return True
 
 
 def _print_json(document: Mapping[str, Any]) -> None:

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rankwise import distributed
 from rankwise.errors import RequestError
 from rankwise.evaluate.progress import progress_bar
+from rankwise.evaluate.rounds import rounds
+from rankwise.models.sharding import is_sharded
 
 
 def generate_answers(
@@ -29,7 +32,8 @@ def generate_answers(
     """The greedy answer to each prompt (token ids, template included), in the order of `prompts`.
 
     An answer ends before the first of `stop_ids` (none given: the tokenizer's end token, and those of the model's own
-    generation config) or after `max_new_tokens`. Special tokens and blanks at both ends are left out.
+    generation config) or after `max_new_tokens`. Special tokens and blanks at both ends are left out. Of several
+    processes each answers its share of the prompts, and all return all answers.
 
     Raises: RequestError for an empty prompt, or one that does not fit into the model with its answer.
     """
@@ -42,23 +46,26 @@ def generate_answers(
     if apart:
         _begin_as_the_model_does(model, settings)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    answers = [""] * len(prompts)
+    own: dict[int, str] = {}
     generate: Any = model.generate
     was_training = model.training
     model.eval()
+    in_step = is_sharded(model)  # a process whose answers have ended goes on with forward passes until all have
+    num_own = len(distributed.dealt(order))
     try:
-        with torch.no_grad(), contiguous_head(model), progress_bar("generating", len(prompts), progress) as advance:
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                ids, mask = padded([prompts[i] for i in chosen], pad_id, model.device, on_left=not apart)
-                output = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        with torch.no_grad(), contiguous_head(model), progress_bar("generating", num_own, progress) as advance:
+            for chosen in rounds(order, batch_size, model):
+                rows = [prompts[i] for i in chosen or order[-1:]]
+                ids, mask = padded(rows, pad_id, model.device, on_left=not apart)
+                output = generate(input_ids=ids, attention_mask=mask, generation_config=settings, synced_gpus=in_step)
                 begin = 1 if apart else ids.shape[1]  # a decoder of its own begins with its start token
-                for i, row in zip(chosen, output[:, begin:].tolist(), strict=True):
-                    answers[i] = answer_text(tokenizer, row, stops)
+                for i, row in zip(chosen, output[:, begin:].tolist(), strict=False):
+                    own[i] = answer_text(tokenizer, row, stops)
                 advance(len(chosen))
     finally:
         model.train(was_training)
-    return answers
+    answers = {i: answer for share in distributed.gathered(own) for i, answer in share.items()}
+    return [answers[i] for i in range(len(prompts))]
 
 
 def _check(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,16 +12,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rankwise import distributed
 from rankwise.data.example import Example
 from rankwise.errors import RequestError, WorkError
 from rankwise.evaluate.progress import progress_bar
+from rankwise.evaluate.rounds import rounds
 
 
 class Meter(Protocol):
     """Figures that are measured beside the losses."""
 
     def pour(self, sums: dict[str, list[float]]) -> None:
-        """Adds sum and count of each figure to `sums`, and starts afresh."""
+        """Adds sum and count of each figure to `sums`, over all processes, and starts afresh."""
+        ...
+
+    def closed(self) -> AbstractContextManager[None]:
+        """A block in which nothing is taken in."""
         ...
 
 
@@ -80,7 +87,8 @@ def measure_loss(
 ) -> Likelihood:
     """The model's loss on `examples`, `batch_size` at a time, those of similar length together.
 
-    Packed or padded changes the speed only. Dropout is off; no gradient is kept.
+    Packed or padded changes the speed only. Dropout is off; no gradient is kept. Of several processes each takes its
+    share of the examples, and all return the same.
 
     Raises: RequestError when nothing is trained on, LossError when the loss is not a number.
     """
@@ -92,9 +100,13 @@ def measure_loss(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), progress_bar("measuring loss", len(order), progress) as advance:
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
+        shares = rounds(order, batch_size, model)
+        with torch.no_grad(), progress_bar("measuring loss", len(distributed.dealt(order)), progress) as advance:
+            for chosen in shares:
+                if not chosen:  # the other processes have rows left, and the model is spread over all of them
+                    with objective.meter.closed():
+                        objective.losses(model, objective.collate(order[-1:], pad_id, packing).to(model.device))
+                    continue
                 losses = objective.losses(model, objective.collate(chosen, pad_id, packing).to(model.device))
                 total += float(losses.double().sum())
                 num_units += losses.numel()
@@ -102,6 +114,9 @@ def measure_loss(
     finally:
         model.train(was_training)
         objective.meter.pour(sums)
+    both = torch.tensor([total, num_units], dtype=torch.float64)
+    distributed.all_reduce_sum([both])
+    total, num_units = float(both[0]), int(both[1])
     if not num_units:
         raise RequestError(f"nothing in the {len(order)} examples is trained on; check the data with `data preview`")
     if not math.isfinite(total):

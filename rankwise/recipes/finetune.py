@@ -1,6 +1,7 @@
 """One fine-tuning run: what `rankwise train` calls, and a notebook may.
 
-Everything is read and checked before the output folder is made, so that a wrong request leaves nothing behind.
+Everything is read and checked before the output folder is made, so that a wrong request leaves nothing behind. Under
+torchrun every process goes through all of it, and the first alone writes and speaks.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from rankwise import distributed
 from rankwise.attach.checkpoint import save_adapter
 from rankwise.attach.inject import adapter_parameters
 from rankwise.errors import RequestError, WorkError, WriteError
+from rankwise.models.sharding import is_sharded
 from rankwise.recipes.finetune_hooks import evaluation_hook, logging_hook, saving_hook
 from rankwise.recipes.finetune_job import Job, prepare
 from rankwise.recipes.output import RunFolder
 from rankwise.recipes.provenance import adapter_hashes
 from rankwise.recipes.resume import usable_checkpoint
 from rankwise.recipes.run import RunConfig, read_run, run_yaml
+from rankwise.train.batches import InStep
 from rankwise.train.interrupt import Interrupted, StopRequest
 from rankwise.train.log import ProgressBar, peak_memory_bytes
 from rankwise.train.loop import Step, fit
 from rankwise.train.objectives import minimised
-from rankwise.train.state import checkpoint_folders
+from rankwise.train.state import Checkpoint, checkpoint_folders
 
 
 def train(
@@ -44,26 +47,45 @@ def train(
         resume: go on from the output folder's last whole checkpoint; with none, start afresh and say so.
         quiet: print nothing on stderr.
 
+    Under torchrun every process calls it and gets the summary; `on_step` is called in each. What torchrun starts again
+    after a failure goes on by itself, where this launch has made the output folder.
+
     Raises: RequestError, before anything is written, for what is wrong with the request; WorkError when training fails;
         Interrupted (a WorkError) after Ctrl-C, with a checkpoint saved.
     """
     config = read_run(run)
     if config.output is None:
         raise RequestError("missing setting 'output': the folder for the adapter and the run's records")
-    if (processes := distributed.launched_processes()) > 1:
-        raise RequestError(f"training on {processes} processes is not available yet; start one, without torchrun")
     folder = RunFolder(Path(config.output))
-    is_there = folder.check(resume)
-    say = _silent if quiet else _say
-    with contextlib.ExitStack() as held:
-        if is_there:
-            held.enter_context(folder.locked())
-        checkpoint = usable_checkpoint(folder, say) if resume else None
+    with distributed.joined(), contextlib.ExitStack() as held:
+        quiet = quiet or not distributed.is_first()
+        say = _silent if quiet else _say
+        is_restart = distributed.any_process(distributed.is_restart())  # each machine counts its own
+        is_there, checkpoint = distributed.from_first(lambda: _find(folder, resume, is_restart, held, say))
         job = prepare(config, checkpoint, say)
         if not is_there:
-            folder.create()
-            held.enter_context(folder.locked())
+            distributed.from_first(lambda: _make(folder, held))
         return _carry_out(job, folder, on_step, quiet)
+
+
+def _find(
+    folder: RunFolder, resume: bool, is_restart: bool, held: contextlib.ExitStack, say: Callable[[str], None]
+) -> tuple[bool, Checkpoint | None]:
+    """Whether the folder is there, which is then locked, and the checkpoint in it to go on from."""
+    if not resume and is_restart and folder.is_of(distributed.job_id()):
+        say("torchrun has started this job again: going on with what it has written")
+        resume = True
+    is_there = folder.check(resume)
+    if is_there:
+        held.enter_context(folder.locked())
+        folder.take_over(distributed.job_id())
+    return is_there, usable_checkpoint(folder, say) if resume else None
+
+
+def _make(folder: RunFolder, held: contextlib.ExitStack) -> None:
+    folder.create()
+    held.enter_context(folder.locked())
+    folder.take_over(distributed.job_id())
 
 
 def _say(line: str) -> None:
@@ -76,10 +98,11 @@ def _silent(line: str) -> None:
 
 def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | None, quiet: bool) -> dict[str, Any]:
     """Trains into `folder`, and writes the result."""
-    folder.begin(job.progress.step, run_yaml(job.run))
-    folder.write_provenance(job.provenance)
+    distributed.from_first(lambda: _begin(job, folder))
     train = job.run.train
     go_on = f"rankwise train {shlex.quote(str(folder.run_file))} --resume"
+    if distributed.world_size() > 1:
+        go_on = f"the same torchrun, and -m {go_on}"
     with StopRequest() as stop, ProgressBar(job.plan.num_steps, job.progress.step, shown=not quiet) as bar:
         hooks = [
             evaluation_hook(job, folder, bar.say),
@@ -87,11 +110,14 @@ def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | No
             *([on_step] if on_step is not None else []),
             saving_hook(job, folder, stop, go_on),
         ]
+        batches = InStep(job.batches) if is_sharded(job.model) else job.batches
         try:
-            fit(job.model, job.optimizer, job.batches, minimised(job.objective, train), job.plan, job.progress, hooks)
+            fit(job.model, job.optimizer, batches, minimised(job.objective, train), job.plan, job.progress, hooks)
             return _finish(job, folder)
         except Interrupted:
             raise
+        except distributed.LostProcess as error:
+            raise distributed.LostProcess(f"{error}; {_last_saved(folder)}, go on with: {go_on}") from error
         except WriteError as error:
             raise WorkError(f"{error}; {_last_saved(folder)}, go on with: {go_on}") from error
         except WorkError as error:
@@ -100,11 +126,20 @@ def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | No
 
 def _finish(job: Job, folder: RunFolder) -> dict[str, Any]:
     """Writes the result; the summary last, for it says that the run is finished."""
+    return distributed.from_first(lambda: _write_result(job, folder))
+
+
+def _write_result(job: Job, folder: RunFolder) -> dict[str, Any]:
     save_adapter(job.model, folder.adapter)
     folder.write_provenance({**job.provenance, "adapter": adapter_hashes(folder.adapter)})
     summary = _summary(job, folder)
     folder.write_summary(summary)
     return summary
+
+
+def _begin(job: Job, folder: RunFolder) -> None:
+    folder.begin(job.progress.step, run_yaml(job.run))
+    folder.write_provenance(job.provenance)
 
 
 def _last_saved(folder: RunFolder) -> str:

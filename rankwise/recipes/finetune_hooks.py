@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rankwise import distributed
 from rankwise.errors import WorkError, counted
 from rankwise.evaluate.generate import generate_answers
 from rankwise.evaluate.perplexity import LossError, measure_loss
@@ -73,7 +74,7 @@ def _generate_samples(job: Job, folder: RunFolder, step: int) -> None:
         job.model, data.tokenizer, [example.prompt_ids for example in asked], train.longest_sample_tokens,
         batch_size=train.micro_rows, stop_ids=data.stop_ids,
     )  # fmt: skip
-    for example, answer in zip(asked, answers, strict=True):
+    for example, answer in zip(asked, answers, strict=True) if distributed.is_first() else ():
         folder.samples.append(
             {"step": step, "prompt": example.prompt_text, "answer": answer, "reference": example.answer}
         )
@@ -99,19 +100,19 @@ def logging_hook(job: Job, folder: RunFolder, bar: ProgressBar) -> Hook:
         if not (period.due(step) or step.is_last or step.metrics):
             return
         progress.loss = progress.interval_loss / progress.interval_trained
-        folder.metrics.append(
-            {
-                "step": step.number,
-                "loss": progress.loss,
-                "lr": step.lr,
-                "grad_norm": None if step.is_skipped else step.grad_norm,
-                "tokens_per_s": progress.interval_tokens / progress.interval_s,
-                "peak_memory_bytes": memory_bytes,
-                **means(progress.interval_figures),
-                **progress.scale.figures(),
-                **step.metrics,
-            }
-        )
+        line = {
+            "step": step.number,
+            "loss": progress.loss,
+            "lr": step.lr,
+            "grad_norm": None if step.is_skipped else step.grad_norm,
+            "tokens_per_s": progress.interval_tokens / progress.interval_s,
+            "peak_memory_bytes": memory_bytes,
+            **means(progress.interval_figures),
+            **progress.scale.figures(),
+            **step.metrics,
+        }
+        if distributed.is_first():
+            folder.metrics.append(line)
         progress.interval_loss, progress.interval_s = 0.0, 0.0
         progress.interval_trained = progress.interval_tokens = 0
         progress.interval_figures = {}
@@ -128,8 +129,8 @@ def saving_hook(job: Job, folder: RunFolder, stop: StopRequest, go_on: str) -> H
     keep = job.run.train.num_checkpoints
 
     def save(step: Step) -> None:
-        # read once: a request that comes while saving waits for the next step's end
-        stopping = stop.asked and not step.is_last
+        # read once: a request that comes while saving waits for the next step's end; all processes stop at one step
+        stopping = distributed.any_process(stop.asked) and not step.is_last
         if stopping or period.due(step):
             save_checkpoint(folder.path, job.model, job.optimizer, job.progress, job.settings, keep)
         if stopping:

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from rankwise import distributed
 from rankwise.adapters.config import LoraConfig
 from rankwise.adapters.layers import layer_kind
 from rankwise.attach.attachment import need_attachment
 from rankwise.attach.checkpoint import load_adapter, read_config
-from rankwise.attach.inject import adapter_layers, adapter_parameters, attach, output_factors
+from rankwise.attach.inject import adapter_layers, adapter_parameters, adapter_tensors, attach, output_factors
 from rankwise.data.formats import TEXT
 from rankwise.errors import RequestError
 from rankwise.models.load import check_task, choose_device, load_model, resolve
 from rankwise.recipes.finetune_data import RunData, load_data
+from rankwise.recipes.finetune_processes import bring_in_step, check_same_data, is_state_shared, spreads
 from rankwise.recipes.finetune_report import describe_run
 from rankwise.recipes.provenance import data_hashes, provenance
 from rankwise.recipes.resume import check_length, check_settings, run_precision, training_settings
@@ -35,8 +37,9 @@ from rankwise.train.optimizers import make_optimizer
 from rankwise.train.order import RowOrder
 from rankwise.train.precision import Precision
 from rankwise.train.recompute import enable_gradient_checkpointing
-from rankwise.train.rng import seed_everything, untouched
+from rankwise.train.rng import process_seed, seed_everything, untouched
 from rankwise.train.scale import LossScale
+from rankwise.train.shares import share_state
 from rankwise.train.state import Checkpoint, restore
 
 
@@ -66,19 +69,25 @@ class Job:
 def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     """Reads the data, loads and attaches the model, and checks that a batch goes through. Writes nothing.
 
+    Of several processes each reads and loads everything, and they make sure that it is the same.
+
     Raises: RequestError for anything wrong with the request; with a checkpoint, also when its settings differ.
     """
-    device = choose_device(run.model.device)
-    check_task(run.model, run.train.needs.task)
-    data = load_data(run)
+    with distributed.together():
+        device = choose_device(run.model.device)
+        check_task(run.model, run.train.needs.task)
+        data = load_data(run)
+        hashes = data_hashes(run.data)
+        least = _least_precision(run)
+    check_same_data(hashes)
     if data.train.format == TEXT:  # recognised or not: then `generate` on the run's folder goes on with texts
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, format=TEXT))
     num_rows = len(data.train.examples)
-    hashes = data_hashes(run.data)
-    precision = run_precision(_least_precision(run), device, checkpoint)
+    # one probe for all: they may find differently
+    precision = distributed.from_first(lambda: run_precision(least, device, checkpoint))
     run = dataclasses.replace(
         run,
-        model=dataclasses.replace(run.model, device=str(device)),
+        model=dataclasses.replace(run.model, device=str(device) if distributed.world_size() == 1 else device.type),
         train=dataclasses.replace(run.train, precision=precision.name),
     )
     settings = training_settings(run, hashes)
@@ -86,25 +95,28 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
         check_settings(checkpoint, settings, say)
         check_length(checkpoint, run.train, num_rows)
     plan = _plan(run, num_rows)
-    model = _attached_model(run, precision, data)
+    with distributed.together():
+        model = _attached_model(run, precision, data)
+    bring_in_step(model, run.train.sharding, device)
     order = RowOrder(num_rows, run.train.batch_size, run.train.num_rows(num_rows), run.train.seed)
     objective = objective_of(run.train)
     packing = run.data.packing is True
-    batches = MicroBatches(
-        objective, data.train.examples, order, run.train.micro_rows, data.pad_id, packing, model.device
-    )
+    batches = MicroBatches(objective, data.train.examples, order, run.train.micro_rows, data.pad_id, packing, device)
     optimizer = _optimizer(run.train, model)
+    if is_state_shared(run.train, adapter_parameters(model)):
+        share_state(optimizer)
     start = Path(run.adapter.folder) if isinstance(run.adapter, StartFrom) else None
-    job = Job(
-        run, model, data, batches, objective, plan, optimizer,
-        Progress(scale=LossScale.of(precision.name)), settings,
-        provenance(model, run.model.revision, hashes, start, checkpoint.step if checkpoint else None), checkpoint,
-    )  # fmt: skip
+    record = distributed.from_first(
+        lambda: provenance(model, run.model.revision, hashes, start, checkpoint.step if checkpoint else None)
+    )
+    progress = Progress(scale=LossScale.of(precision.name))
+    job = Job(run, model, data, batches, objective, plan, optimizer, progress, settings, record, checkpoint)
     _rehearse(job)
-    seed_everything(run.train.seed)
+    seed_everything(process_seed(run.train.seed, distributed.rank()))
     if checkpoint is not None:
         restore(checkpoint, model, optimizer, run.train.seed)
         job.progress = copy.deepcopy(checkpoint.progress)
+        distributed.check_in_step(adapter_tensors(model), f"going on after step {checkpoint.step}")
     for line in describe_run(run, precision, model, data, plan):
         say(line)
     return job
@@ -153,7 +165,10 @@ def _optimizer(train: TrainConfig, model: PreTrainedModel) -> torch.optim.Optimi
 
 
 def _attached_model(run: RunConfig, precision: Precision, data: RunData) -> PreTrainedModel:
-    model = load_model(run.model, precision.dtype, run.train.needs.task)
+    config = run.model
+    if spreads(run.train.sharding):  # cut from the CPU's memory, which the processes of a machine share
+        config = dataclasses.replace(config, device="cpu")
+    model = load_model(config, precision.dtype, run.train.needs.task)
     data.check_fits(model)
     seed_everything(run.train.seed)
     if isinstance(run.adapter, StartFrom):
@@ -199,7 +214,7 @@ def _rehearse(job: Job) -> None:
 
     The numeric checks that the loss and the packing make of a model are done here too, once, outside of the run.
     """
-    batch = job.batches(1)[0]
+    batch = job.batches.first(1)
     if job.objective.count(batch):
         with untouched(job.model, job.model.device):
             job.objective.losses(job.model, batch)

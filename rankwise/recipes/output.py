@@ -24,6 +24,7 @@ from rankwise.train.state import ADAPTER, CHECKPOINTS
 
 RUN_FILE = "run.yaml"
 LOCK_FILE = ".lock"
+JOB_FILE = ".job"
 
 
 class RunFolder:
@@ -57,11 +58,23 @@ class RunFolder:
             raise RequestError(
                 f"output '{self.path}' exists; choose another output, or go on with what is there by --resume"
             )
-        # a run that was stopped before it wrote its run file leaves the lock alone
-        entries = [entry.name for entry in self.path.iterdir() if entry.name != LOCK_FILE]
+        # a run that was stopped before it wrote its run file leaves these alone
+        entries = [entry.name for entry in self.path.iterdir() if entry.name not in (LOCK_FILE, JOB_FILE)]
         if entries and RUN_FILE not in entries:
             raise RequestError(f"output '{self.path}' has no {RUN_FILE}: it is not a run's folder; choose another")
         return True
+
+    def is_of(self, job: str | None) -> bool:
+        """Whether the launch of torchrun that is named `job` has trained here: what it starts again goes on here."""
+        file = self.path / JOB_FILE
+        return job is not None and file.is_file() and file.read_text(encoding="utf-8") == job
+
+    def take_over(self, job: str | None) -> None:
+        """Notes for which launch of torchrun the folder is written now; None: for none."""
+        if job is not None:
+            write_text(self.path / JOB_FILE, job)
+        else:
+            (self.path / JOB_FILE).unlink(missing_ok=True)
 
     @property
     def is_finished(self) -> bool:

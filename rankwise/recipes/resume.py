@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rankwise import distributed
 from rankwise.errors import RequestError
 from rankwise.recipes.output import RunFolder
 from rankwise.recipes.provenance import joined_hash
@@ -19,11 +20,14 @@ from rankwise.train.state import Checkpoint, drop_newer, find_checkpoint
 
 FREE = (
     "output", "model.trust_remote_code", "data.test", "train.log_every", "train.evaluate_every",
-    "train.save_every", "train.keep_checkpoints", "train.samples", "train.sample_tokens",
+    "train.save_every", "train.keep_checkpoints", "train.samples", "train.sample_tokens", "train.share_optimizer_from",
 )  # fmt: skip
 """Settings that change nothing in what is learned."""
 
-ROUNDING = ("train.micro_batch_size", "train.gradient_checkpointing", "model.device")
+PROCESSES = "processes"
+"""How many processes train: no setting, but kept with them."""
+
+ROUNDING = ("train.micro_batch_size", "train.gradient_checkpointing", "model.device", "train.sharding", PROCESSES)
 """Settings that change rounding (and which units dropout takes), not what is computed: allowed, and said."""
 
 LENGTH = ("train.steps", "train.epochs")
@@ -38,6 +42,7 @@ def training_settings(run: RunConfig, data: Mapping[str, Mapping[str, str]]) -> 
             key = f"{section}.{name}".rstrip(".")
             if key not in FREE:
                 settings[key] = value
+    settings[PROCESSES] = distributed.world_size()
     for split in ("train", "valid"):
         settings[f"data.{split}"] = joined_hash(dict(data[split])) if split in data else None
     return settings

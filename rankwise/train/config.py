@@ -17,6 +17,7 @@ from rankwise.train.needs import NEEDS, TO_COME, Needs
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adamw-fused", "adamw-8bit")
 PRECISIONS = ("fp32", "bf16", "fp16", "auto")
+SHARDINGS = ("none", "full")
 
 AUTO = "auto"
 AUTO_EVENTS = 10
@@ -26,6 +27,8 @@ DEFAULT_MICRO_BATCH_SIZE = 4
 DEFAULT_SAMPLES = 3
 DEFAULT_SAMPLE_TOKENS = 64
 DEFAULT_CHECKPOINTS = 2
+DEFAULT_STATE_SHARED_FROM = 50_000_000
+"""Trainable parameters: Adam's two fp32 moments are then 400 MB, about what a block of a large base takes."""
 
 _EPOCHS = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*epochs?\s*")
 
@@ -93,6 +96,10 @@ class TrainConfig:
         precision: of the frozen base: `fp32`, `bf16`, `fp16` (with a loss scale), or `auto` (bf16 where a probe shows
             that it is faster). Adapters and their optimizer state are always fp32.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        sharding: of the frozen base among several processes: `none` (each holds all of it), or `full` (each holds its
+            share of every block, and borrows the rest while it computes). One process always holds all of it.
+        share_optimizer_from: trainable parameters from which on each of several processes keeps its share of the
+            optimizer's state only; null: never. Results are the same to the bit.
         seed: fixes the adapter's start, the order of rows and dropout.
         log_every, evaluate_every, save_every: steps, "2 epochs", null or 0 for never, `auto` for ten times in a run.
             The last step is always logged, evaluated and saved unless its setting says never (logging: always).
@@ -121,6 +128,8 @@ class TrainConfig:
     max_grad_norm: float | None = 1.0
     precision: str = AUTO
     gradient_checkpointing: bool = False
+    sharding: str = "none"
+    share_optimizer_from: int | None = DEFAULT_STATE_SHARED_FROM
     seed: int = 0
     log_every: int | str | None = 1
     evaluate_every: int | str | None = AUTO
@@ -143,9 +152,11 @@ class TrainConfig:
     def _check_names(self) -> None:
         if self.objective in TO_COME:
             raise RequestError(f"train.objective: '{self.objective}' is not available yet; use {' or '.join(NEEDS)}")
-        for name, known in (
-            ("objective", NEEDS), ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("precision", PRECISIONS)
-        ):  # fmt: skip
+        named = {
+            "objective": NEEDS, "schedule": SCHEDULES, "optimizer": OPTIMIZERS, "precision": PRECISIONS,
+            "sharding": SHARDINGS,
+        }  # fmt: skip
+        for name, known in named.items():
             value = getattr(self, name)
             if value not in known:
                 raise RequestError(f"train.{name} can't be '{value}'{did_you_mean(value, known)}")
@@ -206,6 +217,7 @@ class TrainConfig:
             raise RequestError(f"train.seed must be a whole number from 0 to 2**63 - 1, not {self.seed}")
         self._check_checkpoints()
         self._check_samples()
+        _at_least("share_optimizer_from", self.share_optimizer_from, 1)
 
     def _check_checkpoints(self) -> None:
         keep = self.keep_checkpoints

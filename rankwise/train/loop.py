@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rankwise import distributed
 from rankwise.errors import WorkError
-from rankwise.train.objective import MicroBatch, Objective
+from rankwise.train.objective import Filler, MicroBatch, Objective
 from rankwise.train.optim import trained_parameters
 from rankwise.train.optimizers import set_learning_rate
 from rankwise.train.scale import LossScale
@@ -171,7 +171,7 @@ def accumulate(
 
     Raises: WorkError when there is no loss at all in the step, or it does not depend on any parameter.
     """
-    counts = [objective.count(batch) for batch in micro_batches]
+    counts = [0 if isinstance(batch, Filler) else objective.count(batch) for batch in micro_batches]
     totals = torch.tensor([sum(counts), sum(batch.num_tokens for batch in micro_batches)], dtype=torch.int64)
     distributed.all_reduce_sum([totals])
     num_trained, num_tokens = (int(total) for total in totals)
@@ -182,9 +182,13 @@ def accumulate(
         )
     mean_loss = torch.zeros((), dtype=torch.float64)
     for batch, count in zip(micro_batches, counts, strict=True):
-        if count == 0:
+        if isinstance(batch, Filler):
+            with objective.meter.closed():
+                losses = objective.losses(model, batch.batch)[:0]  # their sum is 0, and so are its gradients
+        elif count == 0:
             continue
-        losses = objective.losses(model, batch)
+        else:
+            losses = objective.losses(model, batch)
         assert losses.numel() == count, f"{losses.numel()} losses where {count} were counted"
         if not losses.requires_grad:
             raise WorkError("the loss does not depend on the adapter: nothing is attached or everything is frozen")

@@ -7,7 +7,8 @@ micro batches equal one, whatever is trained. Validation is the mean of the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -39,6 +40,18 @@ class MicroBatch(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Filler:
+    """A batch of no account: a process that has no rows left sends it through a model that is spread over processes,
+    for there every forward and backward pass is a matter of all of them.
+    """
+
+    batch: MicroBatch
+    num_examples: int = 0
+    num_tokens: int = 0
+    num_trained: int = 0
+
+
 class Meter:
     """Means of what an objective sees beside its loss (accuracy, margin), between two readings.
 
@@ -49,11 +62,23 @@ class Meter:
     def __init__(self, names: tuple[str, ...] = ()) -> None:
         self.names = names
         self._sums = torch.zeros(len(names), 2, dtype=torch.float64)
+        self._is_closed = False
 
     def add(self, name: str, values: Tensor) -> None:
         """Takes one figure for each unit of a batch in, [n]."""
+        if self._is_closed:
+            return
         row = self._sums[self.names.index(name)]
         row += torch.tensor([float(values.detach().double().sum()), values.numel()], dtype=torch.float64)
+
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        """In the block, nothing is taken in: the losses are those of a batch of no account."""
+        self._is_closed = True
+        try:
+            yield
+        finally:
+            self._is_closed = False
 
     def pour(self, sums: dict[str, list[float]]) -> None:
         """Adds sum and count of each figure to `sums`, over all processes, and starts afresh."""

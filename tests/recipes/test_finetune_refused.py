@@ -73,12 +73,6 @@ def test_rows_longer_than_the_model_are_refused(files: Path, tmp_path: Path) -> 
         train(run, quiet=True)
 
 
-def test_many_processes_are_refused_for_now(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RequestError, match="2 processes is not available yet"):
-        train(settings(files, tmp_path / "out"), quiet=True)
-
-
 def test_an_output_is_needed(files: Path) -> None:
     run = settings(files, Path("unused"))
     del run["output"]

@@ -1,0 +1,68 @@
+"""Several processes that begin one run: the same data, the same model, spread where the run file says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rankwise import distributed
+from rankwise.attach.attachment import need_attachment
+from rankwise.attach.inject import adapter_tensors
+from rankwise.errors import RequestError
+from rankwise.models.sharding import shard
+from rankwise.recipes.provenance import joined_hash
+from rankwise.train.config import TrainConfig
+
+SAMPLE = 4096
+"""Entries of each weight of a base that is to be spread, by which processes compare it before it is cut."""
+
+
+def spreads(sharding: str) -> bool:
+    """Whether the base is spread over processes: there must be several."""
+    return sharding == "full" and distributed.world_size() > 1
+
+
+def check_same_data(hashes: Mapping[str, Mapping[str, str]]) -> None:
+    """Raises: RequestError when processes have read data of other contents: other files under the same names."""
+    found = distributed.gathered({split: joined_hash(dict(files)) for split, files in hashes.items()})
+    for process, theirs in enumerate(found):
+        for split, first in found[0].items():
+            if theirs.get(split) != first:
+                raise RequestError(
+                    f"data.{split} has other contents for process {process} than for process 0; give all machines the "
+                    "same files, best on a shared file system"
+                )
+
+
+def bring_in_step(model: PreTrainedModel, sharding: str, device: torch.device) -> None:
+    """Gives every process the first one's adapter, and spreads the base when `sharding` is full.
+
+    Raises: WorkError when the bases differ; RequestError for a base that can't be spread.
+    """
+    if distributed.world_size() == 1:
+        return
+    own = adapter_tensors(model)
+    distributed.broadcast_from(0, list(own.values()))
+    base = {name: tensor for name, tensor in model.named_parameters() if tensor.numel()}
+    if spreads(sharding):
+        base = {name: tensor.detach().reshape(-1)[:SAMPLE] for name, tensor in base.items()}
+    distributed.check_in_step({**base, **own}, "at the start")
+    if spreads(sharding):
+        shard(model, _whole(model), device)
+
+
+def _whole(model: nn.Module) -> list[Tensor]:
+    """What is not cut: the adapter, and the originals that wait for `disabled`."""
+    attachment = need_attachment(model)
+    exchanged = [attachment.current(model, name) for name in attachment.exchanged]
+    return [*adapter_tensors(model).values(), *attachment.parameters(), *exchanged]
+
+
+def is_state_shared(train: TrainConfig, parameters: Mapping[str, nn.Parameter]) -> bool:
+    """Whether each process keeps only its share of the optimizer's state."""
+    least = train.share_optimizer_from
+    size = sum(parameter.numel() for parameter in parameters.values())
+    return least is not None and size >= least and distributed.world_size() > 1
