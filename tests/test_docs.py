@@ -100,10 +100,10 @@ def test_every_file_of_the_output_folder_is_named(run):
 
 
 def test_settings_free_to_change_when_going_on():
-    from rankwise.recipes.resume import FREE, LENGTH, ROUNDING
+    from rankwise.recipes.resume import FREE, LENGTH, PROCESSES, ROUNDING
 
     text = sections(RUN_FILE_PAGE)["Going on"]
-    assert {*FREE, *ROUNDING, *LENGTH} == set(re.findall(r"`((?:model|data|train)\.\w+|output)`", text))
+    assert {*FREE, *ROUNDING, *LENGTH} - {PROCESSES} == set(re.findall(r"`((?:model|data|train)\.\w+|output)`", text))
 
 
 # --- the command line ----------------------------------------------------------------------------------------------

@@ -69,6 +69,12 @@ class RunConfig:
         self._check_adapter()
         self._check_evaluation()
         self._check_rows()
+        if self.train.sharding != "none" and self.model.is_quantized:
+            raise RequestError(
+                f"train.sharding: {self.train.sharding} cuts plain floating-point weights, and model.quantization: "
+                f"{self.model.quantization} packs them with scales that belong to whole ones; set train.sharding=none "
+                "(each process then holds the whole quantised base), or model.quantization=none"
+            )
 
     def _check_rows(self) -> None:
         """The format is of the kind that the objective trains on; packing, where not given, is what it can do."""
