@@ -7,6 +7,7 @@ import torch
 
 from rankwise.attach.inject import adapter_parameters
 from rankwise.errors import RequestError
+from rankwise.train import recompute
 from rankwise.train.loop import accumulate
 from rankwise.train.objectives import TOKENS
 from rankwise.train.recompute import enable_gradient_checkpointing
@@ -57,3 +58,25 @@ def test_a_model_without_it_is_refused() -> None:
             enable_gradient_checkpointing(model)
     finally:
         type(model).supports_gradient_checkpointing = before
+
+
+ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+
+
+def attention_calls(packing: bool) -> int:
+    """How often attention is entered in a step with checkpointing (a call that passes it on counts twice)."""
+    model = adapted().train()
+    accumulate(model, optimizer_of(model), split(8, packing), TOKENS, 1)  # packing and loss look at the model once
+    enable_gradient_checkpointing(model)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        accumulate(model, optimizer_of(model), split(8, packing), TOKENS, 1)
+    calls = {event.key: event.count for event in seen.key_averages()}
+    assert calls[f"{ATTENTION}_backward"] == 2 * (8 if packing else 1), "layers, and segments"
+    return calls[ATTENTION]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_attention_is_not_computed_again(packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = attention_calls(packing)
+    monkeypatch.setattr(recompute, "KEPT", frozenset())
+    assert kept == attention_calls(packing) - 2 * (8 if packing else 1)
