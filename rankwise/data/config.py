@@ -23,6 +23,7 @@ TEMPLATE_NAMES = (AUTO, PLAIN, COMPLETION)
 TEMPLATE_SUFFIX = ".jinja"
 WHOLE = "whole"
 SEQ2SEQ = "seq2seq"
+PREFERENCE = "preference"
 """Layouts, by which rows become sequences: see `rankwise.data.layouts`."""
 LEAST_LENGTH = 2
 """A label needs a token before it that predicts it."""

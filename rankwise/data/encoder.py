@@ -24,6 +24,7 @@ from rankwise.data.example import Example
 from rankwise.data.formats import ASSISTANT, TEXT, USER, RowError, Turns
 from rankwise.data.layouts import LAYOUTS
 from rankwise.data.plain_template import Rendered, Span, Template
+from rankwise.data.preferences import first
 from rankwise.data.rows import Problem, Row
 from rankwise.data.templates import template_for, text_template
 from rankwise.errors import RequestError
@@ -283,7 +284,7 @@ def _example(item: _Written, parts: Sequence[_Encoded], prompt: Sequence[int], s
             for first, last in part.spans
         ),
         prompt_ids=() if row.turns[0].role == TEXT else (*item.prefix_ids, *prompt),
-        prompt_text=_last(row.turns, USER),
+        prompt_text=_last(first(row.turns), USER),
         answer=_answer(item, specials),
         file=row.file,
         line=row.line,
@@ -293,7 +294,7 @@ def _example(item: _Written, parts: Sequence[_Encoded], prompt: Sequence[int], s
 
 def _answer(item: _Written, specials: Sequence[str]) -> str:
     """The last answer as written; one with tool calls, as the template writes it, without special tokens."""
-    turns, rendered = item.row.turns, item.rendered[0]
+    turns, rendered = first(item.row.turns), item.rendered[0]
     if not turns[-1].calls or not rendered.prompt_fits:
         return _last(turns, ASSISTANT)
     written = rendered.text[len(rendered.prompt) :]

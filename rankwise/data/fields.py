@@ -15,7 +15,7 @@ SYSTEM, USER, ASSISTANT, TEXT = "system", "user", "assistant", "text"
 TOOL, TOOLS = "tool", "tools"
 """The result of a call; and the tools that may be called, their schemas as JSON, in front of all turns."""
 
-ANSWERS, TEXTS = "answers", "whole texts"
+ANSWERS, TEXTS, PREFERENCES = "answers", "whole texts", "preference pairs"
 """Kinds of rows, as messages call them; an objective trains on one kind."""
 
 

@@ -7,6 +7,7 @@
 | text | `text`: trained on whole |
 | alpaca | `instruction`, `input` (may be absent or empty), `output`; may have `system` |
 | sharegpt | `conversations`: list of `from` and `value`; may have `system`, `tools` |
+| preference | `chosen`, `rejected` and mostly `prompt`: see `rankwise.data.preferences` |
 | translation | `translation`: one text in each of two languages, of which the first is translated into the second |
 
 A row that does not fit its format raises `RowError`, which says what is wrong with it. To add a format: a function
@@ -23,6 +24,7 @@ from rankwise.data.chat import SHAREGPT_KEYS, check_order, conversation, declare
 from rankwise.data.fields import (
     ANSWERS,
     ASSISTANT,
+    PREFERENCES,
     SYSTEM,
     TEXT,
     TEXTS,
@@ -36,6 +38,7 @@ from rankwise.data.fields import (
     string,
     type_name,
 )
+from rankwise.data.preferences import from_preference
 from rankwise.errors import RequestError, counted
 
 
@@ -145,10 +148,10 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format(("instruction", "output"), from_alpaca, optional=("input", "system", "history")),
     "sharegpt": Format(("conversations",), from_sharegpt, optional=("system", "tools")),
     "translation": Format(("translation",), from_translation),
+    "preference": Format(("chosen", "rejected"), from_preference, rows=PREFERENCES),
 }
 
 _LATER: dict[tuple[str, ...], str] = {
-    ("chosen", "rejected"): "they look like preference pairs, which are not read yet",
     ("label",): "they look like rows with labels, which are not read yet",
     ("labels",): "they look like rows with labels, which are not read yet",
 }

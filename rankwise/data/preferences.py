@@ -3,7 +3,7 @@
 | fields | what they are |
 | --- | --- |
 | `prompt`, `chosen`, `rejected` | three texts; or lists of turns, the answers with or without the prompt in front |
-| `chosen`, `rejected` | two conversations that begin alike: what they share, up to a user's or tool's turn, is the prompt |
+| `chosen`, `rejected` | two conversations that begin alike: what they share, up to a question, is the prompt |
 
 As turns a row is both conversations, a turn of the role `rejected` between them. Nothing in the prompt is trained on,
 its answers neither; so the log-probabilities that are compared are those of the two continuations alone.
@@ -11,7 +11,7 @@ its answers neither; so the log-probabilities that are compared are those of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rankwise.data.chat import check_order, declared_tools, turn_list, untrained
@@ -102,8 +102,3 @@ def _shared_prompt(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]
 
 def _article(role: str) -> str:
     return f"an {role}" if role == ASSISTANT else f"a {role}"
-
-
-def prompts_equal(texts: Sequence[str], starts: Sequence[int]) -> bool:
-    """Whether two texts are equal up to where the first trained part of each begins."""
-    return texts[0][: starts[0]] == texts[1][: starts[1]]

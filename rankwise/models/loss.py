@@ -75,8 +75,8 @@ def token_losses(model: PreTrainedModel, batch: Batch, terms: LossTerms = CROSS_
 
 
 def example_losses(model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, " E"], Int64[Tensor, " E"]]:
-    """For each example of the batch, the sum of the losses of its trained positions, and how many they are."""
-    losses = token_losses(model, batch)
+    """For each example of the batch, the sum of the losses of its trained positions, in float64, and how many."""
+    losses = token_losses(model, batch).double()
     owner = batch.example_index[:, 1:][batch.labels[:, 1:] != IGNORED]
     sums = losses.new_zeros(batch.num_examples).index_add(0, owner, losses)
     return sums, torch.bincount(owner, minlength=batch.num_examples)

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from rankwise.models.batch import IGNORED
 from rankwise.models.head_loss import CROSS_ENTROPY, LossTerms, head_losses, logit_losses
 from rankwise.models.probing import undisturbed
+from rankwise.models.sharding import inside_forward
 
 PLAIN: None = None
 CHECKED_TOKENS = 16
@@ -73,10 +74,14 @@ def seq2seq_losses(
     scale = _SCALES[model]
     if scale is None:
         return logit_losses(_own_logits(model, batch)[trained], targets, terms)
-    rows = _decoded(model, batch)[trained]
-    head = model.get_output_embeddings()
-    assert isinstance(head, nn.Module)
-    return head_losses(head, rows if scale == 1.0 else rows * scale, targets, terms)
+
+    def chunked() -> Tensor:
+        rows = _decoded(model, batch)[trained]
+        head = model.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        return head_losses(head, rows if scale == 1.0 else rows * scale, targets, terms)
+
+    return inside_forward(model, chunked)  # of a model that is spread over processes, the head is whole only there
 
 
 def decoder_inputs(model: PreTrainedModel, labels: Int64[Tensor, "B T"]) -> Int64[Tensor, "B T"]:
@@ -105,6 +110,14 @@ def _own_logits(model: PreTrainedModel, batch: Seq2SeqBatch) -> Float[Tensor, "B
     ).logits
 
 
+def _scale_between(model: PreTrainedModel, head: nn.Module, batch: Seq2SeqBatch) -> float | None:
+    logits, hidden = _own_logits(model, batch), _decoded(model, batch)
+    for scale in (1.0, float(hidden.shape[-1]) ** -0.5):
+        if torch.equal(head(hidden * scale).to(logits.dtype), logits):
+            return scale
+    return None
+
+
 def _proven_scale(model: PreTrainedModel, batch: Seq2SeqBatch) -> float | None:
     """The scale with which head(scale * decoder(...)) is the model; None, and a warning, when there is none."""
     few = Seq2SeqBatch(*(part[:1, :CHECKED_TOKENS] for part in (batch.input_ids, batch.attention_mask, batch.labels)))
@@ -112,10 +125,9 @@ def _proven_scale(model: PreTrainedModel, batch: Seq2SeqBatch) -> float | None:
     reason = "it has no output head of its own"
     if isinstance(head, nn.Module):
         with undisturbed(model):
-            logits, hidden = _own_logits(model, few), _decoded(model, few)
-            for scale in (1.0, float(hidden.shape[-1]) ** -0.5):
-                if torch.equal(head(hidden * scale).to(logits.dtype), logits):
-                    return scale
+            scale = inside_forward(model, lambda: _scale_between(model, head, few))
+        if scale is not None:
+            return scale
         reason = "its logits are more than its output head makes of its decoder's output"
     _log.warning(
         "%s: %s, so the loss goes through the model's own logits; it needs more memory", type(model).__name__, reason

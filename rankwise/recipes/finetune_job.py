@@ -16,7 +16,14 @@ from rankwise.adapters.config import LoraConfig
 from rankwise.adapters.layers import layer_kind
 from rankwise.attach.attachment import need_attachment
 from rankwise.attach.checkpoint import load_adapter, read_config
-from rankwise.attach.inject import adapter_layers, adapter_parameters, adapter_tensors, attach, output_factors
+from rankwise.attach.inject import (
+    adapter_layers,
+    adapter_parameters,
+    adapter_tensors,
+    attach,
+    disabled,
+    output_factors,
+)
 from rankwise.data.formats import TEXT
 from rankwise.errors import RequestError
 from rankwise.models.load import check_task, choose_device, load_model, resolve
@@ -36,6 +43,7 @@ from rankwise.train.optim import learning_rate
 from rankwise.train.optimizers import make_optimizer
 from rankwise.train.order import RowOrder
 from rankwise.train.precision import Precision
+from rankwise.train.preference import StartingAdapter
 from rankwise.train.recompute import enable_gradient_checkpointing
 from rankwise.train.rng import process_seed, seed_everything, untouched
 from rankwise.train.scale import LossScale
@@ -99,7 +107,8 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
         model = _attached_model(run, precision, data)
     bring_in_step(model, run.train.sharding, device)
     order = RowOrder(num_rows, run.train.batch_size, run.train.num_rows(num_rows), run.train.seed)
-    objective = objective_of(run.train)
+    goes_on = isinstance(run.adapter, StartFrom) and run.train.objective == "dpo"
+    objective = objective_of(run.train, StartingAdapter(model).in_place if goes_on else disabled)
     packing = run.data.packing is True
     batches = MicroBatches(objective, data.train.examples, order, run.train.micro_rows, data.pad_id, packing, device)
     optimizer = _optimizer(run.train, model)
@@ -218,3 +227,4 @@ def _rehearse(job: Job) -> None:
     if job.objective.count(batch):
         with untouched(job.model, job.model.device):
             job.objective.losses(job.model, batch)
+        job.objective.meter.pour({})  # no figure of the rehearsal goes into the run's

@@ -25,6 +25,7 @@ AUTO_EVENTS = 10
 DEFAULT_STEPS = 200
 DEFAULT_MICRO_BATCH_SIZE = 4
 DEFAULT_SAMPLES = 3
+DEFAULT_DPO_BETA = 0.1
 DEFAULT_SAMPLE_TOKENS = 64
 DEFAULT_CHECKPOINTS = 2
 DEFAULT_STATE_SHARED_FROM = 50_000_000
@@ -92,6 +93,7 @@ class TrainConfig:
         betas: Adam's decay rates.
         label_smoothing: the share of a label's probability that is spread over the vocabulary, in training.
         z_loss: the coefficient of log(Z)^2, which keeps the logits' normaliser Z near 1, in training.
+        dpo_beta: how strongly `dpo` holds the model to its reference; not given: 0.1.
         max_grad_norm: gradients are scaled down to this norm; 0 or null: not.
         precision: of the frozen base: `fp32`, `bf16`, `fp16` (with a loss scale), or `auto` (bf16 where a probe shows
             that it is faster). Adapters and their optimizer state are always fp32.
@@ -125,6 +127,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    dpo_beta: float | None = None
     max_grad_norm: float | None = 1.0
     precision: str = AUTO
     gradient_checkpointing: bool = False
@@ -199,6 +202,14 @@ class TrainConfig:
             raise RequestError(f"train.max_grad_norm must be above 0, or 0 for no clipping, not {self.max_grad_norm}")
 
     def _check_loss(self) -> None:
+        if self.dpo_beta is not None:
+            if self.objective != "dpo":
+                raise RequestError(
+                    f"train.dpo_beta ({self.dpo_beta:g}) has no effect with train.objective: {self.objective}; leave "
+                    "it out, or use dpo"
+                )
+            if not (self.dpo_beta > 0 and math.isfinite(self.dpo_beta)):
+                raise RequestError(f"train.dpo_beta must be more than 0, not {self.dpo_beta}; 0.1 is usual")
         if not 0 <= self.label_smoothing < 1:
             raise RequestError(f"train.label_smoothing must be at least 0 and below 1, not {self.label_smoothing}")
         if not (self.z_loss >= 0 and math.isfinite(self.z_loss)):
@@ -266,6 +277,11 @@ class TrainConfig:
         """`micro_batch_size`, filled in."""
         assert self.micro_batch_size is not None
         return self.micro_batch_size
+
+    @property
+    def beta(self) -> float:
+        """`dpo_beta`, filled in."""
+        return DEFAULT_DPO_BETA if self.dpo_beta is None else self.dpo_beta
 
     @property
     def num_checkpoints(self) -> int | None:

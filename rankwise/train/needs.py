@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankwise.data.fields import ANSWERS, TEXTS
+from rankwise.data.fields import ANSWERS, PREFERENCES, TEXTS
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ NEEDS: dict[str, Needs] = {
     "sft": Needs("causal-lm", "CAUSAL_LM", ANSWERS, smooths=True),
     "text": Needs("causal-lm", "CAUSAL_LM", TEXTS, generates=False, smooths=True),
     "seq2seq": Needs("seq2seq-lm", "SEQ_2_SEQ_LM", ANSWERS, layout="seq2seq", packs=False, smooths=True),
+    "dpo": Needs("causal-lm", "CAUSAL_LM", PREFERENCES, layout="preference", unit="pair"),
 }
 
-TO_COME = ("classification", "token-classification", "embedding", "dpo")
+TO_COME = ("classification", "token-classification", "embedding")
 """Names that are spoken for."""
 
 

@@ -27,11 +27,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rankwise.attach.inject import adapter_parameters, disabled
+from rankwise.attach.inject import adapter_parameters
 from rankwise.data.preference_batch import PreferenceBatch
 from rankwise.errors import RequestError
-from rankwise.models.batch import IGNORED
-from rankwise.models.loss import token_losses
+from rankwise.models.loss import example_losses
 from rankwise.models.probing import undisturbed
 from rankwise.train.objective import Meter
 
@@ -108,12 +107,5 @@ class Preference:
 
 def log_probabilities(model: PreTrainedModel, batch: PreferenceBatch) -> Float[Tensor, "P 2"]:
     """Of the chosen and of the rejected answer of each pair: the sum over its tokens, in float64."""
-    sequences = batch.sequences
-    losses = token_losses(model, sequences).double()
-    owner = sequences.example_index[:, 1:][sequences.labels[:, 1:] != IGNORED]
-    sums = losses.new_zeros(sequences.num_examples).index_add(0, owner, losses)
+    sums, _ = example_losses(model, batch.sequences)
     return -sums.view(-1, 2)
-
-
-DEFAULT_BETA = 0.1
-BASE_ALONE: Reference = disabled

@@ -20,7 +20,7 @@ def test_defaults_and_lists():
     ("settings", "words"),
     [
         ({"format": "alpacca"}, "did you mean 'alpaca'"),
-        ({"format": "preference"}, "data.format can't be 'preference'"),
+        ({"format": "preferences"}, "did you mean 'preference'"),
         ({"max_length": 1}, "data.max_length must be 2 or more, not 1"),
         ({"chat_template": "plan"}, "did you mean 'plain'"),
         ({"format": "text", "chat_template": "plain"}, "has no effect"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from rankwise.data.formats import FORMATS, RowError, Turn, detect
+from rankwise.data.preferences import first
 from rankwise.errors import RequestError
 from tests.data.builders import turns
 
@@ -12,6 +13,7 @@ ROWS = {
     "prompt_completion": {"prompt": "q", "completion": "a"},
     "text": {"text": "q a"},
     "alpaca": {"instruction": "q", "output": "a"},
+    "preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
     "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
 }
 
@@ -23,7 +25,7 @@ def test_every_format_has_a_row_here():
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_is_read_and_recognised_alone(name):
     expected = (Turn("text", "q a"),) if name == "text" else turns("q", "a")
-    assert FORMATS[name].turns(ROWS[name]) == expected
+    assert first(FORMATS[name].turns(ROWS[name])) == expected
     assert detect([(1, ROWS[name])], "f")[0] == name
 
 
@@ -38,7 +40,6 @@ def test_the_reason_says_what_was_seen():
         ([{"messages": [], "text": ""}], r"messages \(1 of 1 row\) and text .*; line 1 has the keys messages, text"),
         ([ROWS["alpaca"], ROWS["text"]], r"text \(1 of 2 rows\) and alpaca \(1 of 2 rows\)"),
         ([{"question": "q", "reply": "a"}], "line 1 has the keys question, reply; known formats: messages"),
-        ([{"prompt": "q", "chosen": "a", "rejected": "b"}], "preference pairs, which are not read yet"),
         ([{"text": "q", "label": 1}], "rows with labels, which are not read yet"),
         ([{}], "line 1 has no keys"),
     ],

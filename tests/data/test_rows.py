@@ -11,7 +11,7 @@ from rankwise.errors import RequestError
 from tests.data.builders import FIXTURES, messages, turns, write_rows
 
 FAULTS = [json.loads(line) for line in (FIXTURES / "broken" / "faults.jsonl").read_text().splitlines()]
-BROKEN = sorted({fault["file"] for fault in FAULTS if "preference" not in fault["file"]})
+BROKEN = sorted({fault["file"] for fault in FAULTS})
 WORDS = {
     "bad_json": "not JSON",
     "bad_utf8": "not UTF-8: byte 0xFF",
@@ -49,11 +49,6 @@ def test_good_files_hold_the_same_conversations():
     asked = {name: [row.turns for row in rows.rows] for name, rows in files.items()}
     assert asked["messages"] == asked["sharegpt"] == asked["prompt_completion"]
     assert [row[-1] for row in asked["alpaca"]] == [row[-1] for row in asked["messages"]]
-
-
-def test_preference_pairs_are_named():
-    with pytest.raises(RequestError, match="preference pairs"):
-        read_rows(str(FIXTURES / "preference.jsonl"))
 
 
 def test_marks_line_ends_and_blank_lines(tmp_path):

@@ -38,8 +38,13 @@ def _reversed(word: str) -> Row:
     return {"prompt": word, "completion": word[::-1]}
 
 
+def _preferred(word: str) -> Row:
+    return {"prompt": word, "chosen": word.upper(), "rejected": word[::-1]}
+
+
 CASES: dict[str, Case] = {
     "sft": Case(tiny.llama, _reversed),
     "text": Case(tiny.llama, lambda word: {"text": f"{word} {word[::-1]}"}),
+    "dpo": Case(tiny.llama, _preferred),
     "seq2seq": Case(tiny.t5, _reversed, chat_template=None),
 }
