@@ -61,15 +61,14 @@ class DoraLayer(LowRankLayer):
     def _forget_norm(self, grad: Tensor) -> None:
         self._norms.drop()
 
-    def forward(self, x: Tensor) -> Tensor:
+    @override
+    def adapted(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """The sum bias + g (t - bias), with t = base(x) + s B A dropout(x) and g = m / ||W + s B A||.
 
         In bf16 g is the sum of two numbers, so that a g near 1 is not rounded to steps of 1/256. With g = 1 the output
         is t to the last bit.
         """
-        if not self.active:
-            return self.base(x)
-        t = self.adapted(x)
+        t = self.added(x, other)
         gain = self._gain()
         most = gain.detach().to(t.dtype)
         y = t * most if self.bias is None else torch.addcmul(((1.0 - gain) * self.bias).to(t.dtype), t, most)

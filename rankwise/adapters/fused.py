@@ -5,6 +5,11 @@ h = d(x) A^T only (with dropout a bit an entry too, and d(x) is formed again in 
 adapter's part into the output of the base's matrix product. Backward writes dx in place. A and B are used through
 copies in the dtype of x; their gradients have their own dtype.
 
+Two variants. With `other`, the layer's input is silu(x) * other, formed again in the backward pass: the down projection
+of a SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6), which then keeps two tensors instead of four. With very many
+tokens in fp32 the sum W + s B A is formed, here and again in the backward pass, and multiplied once (`forms_sum`). In
+bf16 it would lose updates smaller than the weight's last digit.
+
 Legend: N tokens, n inputs, o outputs, r rank, s scale. Gradients (G = dL/dy): dB = s G^T h, dh = s G B, dA = dh^T d(x),
 dx = G W + d'(dh A). W is frozen and gets none. A W that is stored in 8 or 4 bits is dequantised in the forward pass and
 again in the backward pass, and not kept. (s B A is not folded into it, which would save a product: in bf16 the sum
@@ -53,6 +58,16 @@ class _Constants(NamedTuple):
     kept: Tensor | None
     derived: tuple[Derived, ...]
     stored: nn.Module | None
+    formed: bool
+
+
+def forms_sum(x: Float[Tensor, "N n"], weight: Float[Tensor, "o n"]) -> bool:
+    """Whether W + s B A is formed: two sums of o n numbers are saved N o and N n of them.
+
+    Measured on a CPU (docs/log.md): it pays from four times as many tokens as where these are equal.
+    """
+    num_outputs, num_inputs = weight.shape
+    return x.element_size() > 2 and x.shape[0] * (num_outputs + num_inputs) >= 8 * num_outputs * num_inputs
 
 
 class LoraLinear(torch.autograd.Function):
@@ -62,6 +77,7 @@ class LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Float[Tensor, "N n"],
+        other: Float[Tensor, "N n"] | None,
         weight: Float[Tensor, "o n"] | None,
         bias: Float[Tensor, " o"] | None,
         A: Float[Tensor, "r n"],
@@ -72,36 +88,58 @@ class LoraLinear(torch.autograd.Function):
 
         Without `weight`, it is that of the constants' `stored` layer.
         """
-        down, up, scale, h, kept, ctx.derived, ctx.stored = constants
-        if h is None:
-            h = F.linear(x if kept is None else only_kept(x, kept), down)
-        y = F.linear(x, _dense(weight, ctx.stored, x), bias).addmm_(h, up.T, alpha=scale)
-        ctx.save_for_backward(x, h, weight, down, up, kept)
+        down, up, scale, h, kept, ctx.derived, ctx.stored, ctx.formed = constants
+        read = _read(x, other)
+        dense = _dense(weight, ctx.stored, x)
+        if ctx.formed:
+            y = F.linear(read, torch.addmm(dense, up, down, alpha=scale), bias)
+        else:
+            h = _down(read, kept, down) if h is None else h
+            y = F.linear(read, dense, bias).addmm_(h, up.T, alpha=scale)
+        ctx.save_for_backward(x, other, h, weight, down, up, kept)
         ctx.scale, ctx.dtypes = scale, (A.dtype, B.dtype)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, "N o"]) -> tuple[Tensor | None, ...]:
-        """Gradients of x, a trained bias, A and B; the base's weight gets none."""
-        x, h, weight, down, up, kept = ctx.saved_tensors
-        need_x, _, need_bias, need_A, need_B, _ = ctx.needs_input_grad
-        grad_x = grad_A = grad_B = None
+        """Gradients of x, other, a trained bias, A and B; the base's weight gets none."""
+        x, other, h, weight, down, up, kept = ctx.saved_tensors
+        need_x, need_other, _, need_bias, need_A, need_B, _ = ctx.needs_input_grad
+        grad_x = grad_other = grad_A = grad_B = None
+        read = _read(x, other)
         if need_B:
+            h = _down(read, kept, down) if h is None else h
             grad_B = (h.T @ grad).T.to(ctx.dtypes[1], memory_format=torch.contiguous_format).mul(ctx.scale)
-        if need_x or need_A:
-            grad_h = grad @ up
-            if need_A:
-                grad_A = (grad_h.T @ (x if kept is None else only_kept(x, kept))).to(ctx.dtypes[0]).mul_(ctx.scale)
-            if need_x:
-                grad_x = grad @ _dense(weight, ctx.stored, grad)
-                if kept is None:
-                    grad_x.addmm_(grad_h, down, alpha=ctx.scale)
-                else:
-                    grad_x.add_(only_kept(grad_h @ down, kept), alpha=ctx.scale)
+        grad_h = grad @ up
+        if need_A:
+            dropped = read if kept is None else only_kept(read, kept)
+            grad_A = (grad_h.T @ dropped).to(ctx.dtypes[0]).mul_(ctx.scale)
+            del dropped
+        del read
+        if need_x or need_other:
+            dense = _dense(weight, ctx.stored, grad)
+            if ctx.formed:
+                grad_x = grad @ torch.addmm(dense, up, down, alpha=ctx.scale)
+            elif kept is None:
+                grad_x = (grad @ dense).addmm_(grad_h, down, alpha=ctx.scale)
+            else:
+                grad_x = (grad @ dense).add_(only_kept(grad_h @ down, kept), alpha=ctx.scale)
+            if other is not None:
+                grad_other = grad_x * F.silu(x)
+                grad_x = torch.ops.aten.silu_backward(grad_x.mul_(other), x)
         for held in ctx.derived:
             held.drop()
-        return grad_x, None, grad.sum(0) if need_bias else None, grad_A, grad_B, None
+        return grad_x, grad_other, None, grad.sum(0) if need_bias else None, grad_A, grad_B, None
+
+
+def _read(x: Float[Tensor, "N n"], other: Float[Tensor, "N n"] | None) -> Float[Tensor, "N n"]:
+    """The layer's input."""
+    return x if other is None else F.silu(x).mul_(other)
+
+
+def _down(read: Float[Tensor, "N n"], kept: Tensor | None, down: Float[Tensor, "r n"]) -> Float[Tensor, "N r"]:
+    return F.linear(read if kept is None else only_kept(read, kept), down)
 
 
 def _dense(weight: Tensor | None, stored: nn.Module | None, like: Tensor) -> Float[Tensor, "o n"]:
@@ -118,12 +156,15 @@ def lora_linear(
     bias: Float[Tensor, " o"] | None,
     factors: Factors,
     rule: KeepRule | None = None,
+    other: Float[Tensor, "*batch n"] | None = None,
 ) -> Float[Tensor, "*batch o"]:
-    """The layer's output, differentiable in x, A, B and a trained bias. `rule`: dropout's.
+    """The layer's output, differentiable in x, other, A, B and a trained bias. `rule`: dropout's.
 
-    `weight` must be frozen; a layer stands for one that is stored in 8 or 4 bits.
+    `weight` must be frozen; a layer stands for one that is stored in 8 or 4 bits. With `other` the layer's input is
+    silu(x) * other.
     """
     flat = x.reshape(-1, x.shape[-1])
+    flat_other = None if other is None else other.reshape(flat.shape)
     stored, plain = (weight, None) if isinstance(weight, nn.Module) else (None, weight)
     A, B, scale, down, up, h, derived = factors
     kept = None
@@ -131,11 +172,11 @@ def lora_linear(
         kept = kept_entries(flat.numel(), rule, flat.device)
         scale /= rule.probability
     if torch.is_grad_enabled():
-        constants = _Constants(down, up, scale, h, kept, derived, stored)
-        y = cast(Tensor, LoraLinear.apply(flat, plain, bias, A, B, constants))
+        formed = plain is not None and rule is None and forms_sum(flat, plain)
+        constants = _Constants(down, up, scale, h, kept, derived, stored, formed)
+        y = cast(Tensor, LoraLinear.apply(flat, flat_other, plain, bias, A, B, constants))
     else:
-        if h is None:
-            h = F.linear(flat if kept is None else only_kept(flat, kept), down)
-        y = F.linear(flat, plain, bias) if plain is not None else cast(nn.Module, stored)(flat)  # its own kernels
-        y.addmm_(h, up.T, alpha=scale)
+        read = _read(flat, flat_other)
+        y = F.linear(read, plain, bias) if plain is not None else cast(nn.Module, stored)(read)  # its own kernels
+        y.addmm_(_down(read, kept, down) if h is None else h, up.T, alpha=scale)
     return y.view(*x.shape[:-1], y.shape[-1])

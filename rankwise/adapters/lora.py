@@ -19,9 +19,9 @@ from rankwise.adapters.low_rank import LowRankLayer
 class LoraLayer(LowRankLayer):
     """LoRA on one layer."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """base(x) + s B A dropout(x)."""
-        return self.adapted(x) if self.active else self.base(x)
+    @override
+    def adapted(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        return self.added(x, other)
 
     @override
     def delta_weight(self) -> Float[Tensor, "..."]:

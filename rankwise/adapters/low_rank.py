@@ -9,6 +9,7 @@ Legend: o outputs, n inputs of the layer's matrix view, r rank, s scale (alpha/r
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -101,16 +102,27 @@ class LowRankLayer(AdapterLayer):
         if name in TAKEN_FROM_BASE:
             self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
-    def adapted(self, x: Tensor) -> Tensor:
-        """base(x) + s B A dropout(x), less the frozen start."""
+    def forward(self, x: Tensor) -> Tensor:
+        """The base with the change, or the base alone while not active."""
+        return self.adapted(x) if self.active else self.base(x)
+
+    @abstractmethod
+    def adapted(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """The base with the change. With `other` the input is silu(x) * other, which is not kept for backward."""
+
+    def added(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """base(x) + s B A dropout(x), less the frozen start; `other` as in `adapted`."""
         if not self._can_fuse(x):
+            if other is not None:
+                x = F.silu(x) * other
             y = self.base(x)
             return y + self.change(x).to(y.dtype)
         rule = self.keep_rule if self.training else None
-        factors = self._factors(x, shared=rule is None)
+        factors = self._factors(x, shared=rule is None and other is None)
         if is_quantized(self.base):
-            return lora_linear(x, self.base, None if self.bias is None else self.bias.to(x.dtype), factors, rule)
-        return lora_linear(x, self.kind.matrix(self.weight), self.bias, factors, rule)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return lora_linear(x, self.base, bias, factors, rule, other)
+        return lora_linear(x, self.kind.matrix(self.weight), self.bias, factors, rule, other)
 
     def _factors(self, x: Tensor, shared: bool) -> Factors:
         """The factors, cast and with x A^T where another layer has computed it. A compiler shares by itself."""

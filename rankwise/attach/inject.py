@@ -30,6 +30,7 @@ from rankwise.attach.attachment import (
 )
 from rankwise.attach.guards import guard_methods, unguard_methods
 from rankwise.attach.readers import join_readers
+from rankwise.attach.swiglu import split_mlps
 from rankwise.attach.targets import (
     HEADS,
     embedding_ends,
@@ -362,6 +363,7 @@ def _plain(model: nn.Module, attachment: Attachment) -> None:
     """Removes what `attach` added to the model itself."""
     del model._modules[ATTRIBUTE]
     unguard_methods(model)
+    split_mlps(model)
     compute_as_before(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(attachment.requires_grad_before.get(name, parameter.requires_grad))

@@ -24,6 +24,7 @@ from rankwise.attach.inject import (
     disabled,
     output_factors,
 )
+from rankwise.attach.swiglu import fuse_mlps
 from rankwise.data.formats import TEXT
 from rankwise.errors import RequestError
 from rankwise.models.load import check_task, choose_device, load_model, resolve
@@ -197,6 +198,8 @@ def _attached_model(run: RunConfig, precision: Precision, data: RunData) -> PreT
         except RequestError as error:
             raise RequestError(with_section(str(error))) from error
         _check_dropout(model, run.adapter)
+    if run.train.fused_mlp:
+        fuse_mlps(model, required=run.train.fused_mlp is True)
     if run.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model

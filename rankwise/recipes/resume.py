@@ -27,7 +27,10 @@ FREE = (
 PROCESSES = "processes"
 """How many processes train: no setting, but kept with them."""
 
-ROUNDING = ("train.micro_batch_size", "train.gradient_checkpointing", "model.device", "train.sharding", PROCESSES)
+ROUNDING = (
+    "train.micro_batch_size", "train.gradient_checkpointing", "train.fused_mlp", "model.device", "train.sharding",
+    PROCESSES,
+)  # fmt: skip
 """Settings that change rounding (and which units dropout takes), not what is computed: allowed, and said."""
 
 LENGTH = ("train.steps", "train.epochs")

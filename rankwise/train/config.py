@@ -102,6 +102,7 @@ class TrainConfig:
             share of every block, and borrows the rest while it computes). One process always holds all of it.
         share_optimizer_from: trainable parameters from which on each of several processes keeps its share of the
             optimizer's state only; null: never. Results are the same to the bit.
+        fused_mlp: SwiGLU MLPs keep half as much for the backward pass; `auto`: where the model has some.
         seed: fixes the adapter's start, the order of rows and dropout.
         log_every, evaluate_every, save_every: steps, "2 epochs", null or 0 for never, `auto` for ten times in a run.
             The last step is always logged, evaluated and saved unless its setting says never (logging: always).
@@ -133,6 +134,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     sharding: str = "none"
     share_optimizer_from: int | None = DEFAULT_STATE_SHARED_FROM
+    fused_mlp: bool | str = AUTO
     seed: int = 0
     log_every: int | str | None = 1
     evaluate_every: int | str | None = AUTO
@@ -163,6 +165,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in known:
                 raise RequestError(f"train.{name} can't be '{value}'{did_you_mean(value, known)}")
+
+        if isinstance(self.fused_mlp, str) and self.fused_mlp != AUTO:
+            raise RequestError(f"train.fused_mlp must be true, false or auto, not {self.fused_mlp!r}")
 
     def _check_length(self) -> None:
         if self.steps is not None and self.epochs is not None:

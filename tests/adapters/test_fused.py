@@ -34,7 +34,7 @@ def plain(x, W, b, A, B, scale):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(3, 5), (4,), (0, 5), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (4,), (0, 5), (2, 1, 3), (8, 5)], ids=str)
 def test_output_and_gradients_equal_the_formula(bias, shape):
     arguments = parts(torch.float64, bias, shape)
     leaves = [a for a in arguments if a is not None and a.requires_grad]
@@ -45,6 +45,18 @@ def test_output_and_gradients_equal_the_formula(bias, shape):
         assert torch.allclose(a, b)
     with torch.no_grad():
         assert torch.allclose(linear(*arguments, 1.7), theirs)
+
+
+def test_the_sum_is_formed_for_very_many_tokens_of_wide_numbers():
+    """Not in bf16, where an update of half of the weight's last digit would be lost."""
+    W = torch.empty(6, 7)
+    assert fused.forms_sum(torch.empty(40, 7), W) and fused.forms_sum(torch.empty(26, 7), W)
+    assert not fused.forms_sum(torch.empty(25, 7), W)
+    assert not fused.forms_sum(torch.empty(40, 7).bfloat16(), W.bfloat16())
+    # an update of a thousandth of W: 1.001 is 1 in bf16, but beside the canceled W x it shows
+    W, A, B = torch.ones(6, 7).bfloat16(), torch.tensor([[1.0, 1, 1, 1, 1, 1, 2]]), torch.full((6, 1), 1e-3)
+    x = torch.tensor([[1.0, -1, 1, -1, 1, -2, 1]]).bfloat16().expand(40, 7)
+    assert torch.allclose(linear(x, W, None, A, B, 1.0).float(), torch.tensor(1e-3), rtol=0.01)
 
 
 def test_gradcheck_in_float64():
