@@ -105,20 +105,15 @@ def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Makes a model that was just loaded compute in `dtype`, the same in training, in evaluation and in a batch.
 
     Its plain weights are cast; 8-bit layers leave activations alone, 4-bit ones keep their weights as they are stored.
+    On a CPU plain weights are copied in any case: what is left of the file's mapping would keep all of it resident.
     """
     quantized.compute_by_weight(model)
     quantized.keep_unpacked(model)
     quantized.compute_in(model, dtype)
     kept = set(model._keep_in_fp32_modules_strict or ())
     kept |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
-    for name, module in model.named_modules():
-        if kept.intersection(name.split(".")):
-            continue
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None and parameter.dtype.is_floating_point and not _is_stored(module, leaf):
-                parameter.data = parameter.data.to(dtype)
+    for name, parameter in model.named_parameters():  # shared ones once
+        if type(parameter) is nn.Parameter and parameter.dtype.is_floating_point:  # bitsandbytes' own are in bits
+            own = torch.float32 if kept.intersection(name.split(".")) else dtype
+            parameter.data = parameter.data.to(own, copy=parameter.device.type == "cpu")
     model.config.dtype = dtype
-
-
-def _is_stored(module: nn.Module, leaf: str) -> bool:
-    return leaf == "weight" and quantized.is_quantized(module)

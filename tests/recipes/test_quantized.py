@@ -15,6 +15,8 @@ from rankwise import quantized
 from rankwise.errors import RequestError
 from rankwise.recipes.evaluate import EvaluateConfig, evaluate
 from rankwise.recipes.finetune import train
+from rankwise.recipes.generate import open_session
+from rankwise.recipes.inspect import inspect_adapter
 from rankwise.recipes.merge import merge
 from rankwise.recipes.target import find_target, open_target
 from rankwise.train.interrupt import Interrupted
@@ -93,6 +95,14 @@ def test_a_run_folder_has_its_base(run: Path) -> None:
     assert adapter["loss"] < base["loss"] - 0.1
     inside = evaluate(str(run / "adapter"), both, device="cpu")["results"]
     assert [figures(row) for row in inside] == [figures(row) for row in (base, adapter)]
+
+
+def test_it_answers_and_is_inspected(run: Path) -> None:
+    session = open_session(str(run), device="cpu", precision="bf16")
+    assert quantized.storage_in(session.opened.model) == BITS[run.parent.name.removesuffix("0")]
+    assert len(session.answer_all(["Capitals: oak elm"], None, 8, 1)) == 1
+    found = inspect_adapter(str(run))
+    assert found["base"] == str(run.parent / "model") and set(found["ranks"].values()) == {4}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", None])
