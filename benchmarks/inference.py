@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import peft
 import torch
-from measure import header, interleaved, ratio, report
+from measure import header, interleaved, ratio_row, report, settings_of
 from step import SIZES, VOCABULARY, build
 
 import rankwise as rw
@@ -50,12 +50,12 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for shape_name, (shape, repeats) in shapes.items():
         ids = torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
-        times = interleaved({name: forward(model, ids, repeats) for name, model in models.items()}, options.rounds)
-        for name in ("ours", "PEFT", "merged"):
-            wall = ratio(times, name, "base", clock=1)["median"]
-            rows.append({"what": f"{shape_name}: {name} / base", **ratio(times, name, "base"), "wall_median": wall})
-    settings = {name: value for name, value in vars(options).items() if name != "out"}
-    report(header(benchmark="inference", **settings), rows, options.out)
+        times = interleaved(
+            {name: forward(model, ids, repeats) for name, model in models.items()}, options.rounds,
+            settings={**settings_of("inference", options), "shape": shape_name}, out=options.out,
+        )  # fmt: skip
+        rows += [ratio_row(f"{shape_name}: {name} / base", times, name, "base") for name in ("ours", "PEFT", "merged")]
+    report(header(**settings_of("inference", options)), rows, options.out)
 
 
 if __name__ == "__main__":

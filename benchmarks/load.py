@@ -11,7 +11,7 @@ from pathlib import Path
 
 import peft
 import torch
-from measure import header, interleaved, ratio, report
+from measure import header, interleaved, ratio_row, report, settings_of
 from peft.utils.hotswap import hotswap_adapter
 from step import SIZES, build
 
@@ -58,18 +58,16 @@ def main() -> None:
                 "swap, PEFT hotswap_adapter": lambda: hotswap_adapter(hot, folder, "default"),
             },
             options.rounds,
+            settings=settings_of("load", options),
+            out=options.out,
         )
     pairs = [
         ("attach and detach, ours", "attach and unload, PEFT"),
         ("load and detach, ours", "load and unload, PEFT"),
         ("swap, ours", "swap, PEFT hotswap_adapter"),
     ]
-    rows = [
-        {"what": f"{a} / {b}", **ratio(times, a, b), "wall_median": ratio(times, a, b, clock=1)["median"]}
-        for a, b in pairs
-    ]
-    settings = {name: value for name, value in vars(options).items() if name != "out"}
-    report(header(benchmark="load", **settings), rows, options.out)
+    rows = [ratio_row(f"{a} / {b}", times, a, b) for a, b in pairs]
+    report(header(**settings_of("load", options)), rows, options.out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Packed rows: examples end to end in one row, each attending only to itself, proven before it is used.
 
 Two ways. `segments` gives each example to the model's own attention (sdpa or eager) one at a time, through
-transformers' attention interface: no work is spent on pairs of positions that may not see each other. `mask` leaves
-the model alone and relies on the block-diagonal mask that transformers builds from position ids that restart; it costs
-the square of the whole row. Both are checked numerically on the model itself: packed rows must equal each row alone
-under the model's stock attention. Position ids restart in each example either way.
+transformers' attention interface: no work is spent on pairs of positions that may not see each other. On CUDA all of
+them go through one flash attention kernel where it can do what a layer asks for (`varlen`). `mask` leaves the model
+alone and relies on the block-diagonal mask that transformers builds from position ids that restart; it costs the square
+of the whole row. Both are checked numerically on the model itself: packed rows must equal each row alone under the
+model's stock attention. Position ids restart in each example either way.
 
 Not here: encoder-decoder models (T5), whose cross attention would have to be packed too; they train with padded rows.
 """
@@ -29,6 +30,7 @@ from rankwise.models.batch import Batch
 from rankwise.models.probing import backbone, takes, undisturbed
 from rankwise.models.quiet import quietly
 from rankwise.models.sharding import inside_forward
+from rankwise.models.varlen import attend, kernel_for, window_of
 
 PackingMode = Literal["segments", "mask"]
 
@@ -68,8 +70,7 @@ def _per_segment(
         return stock(module, *qkv, mask, **options)
     lengths = list(segment_lengths)
     num_tokens = sum(lengths)
-    if any(part.shape[0] != 1 or part.shape[2] != num_tokens for part in qkv):
-        raise NotImplementedError("packed rows go through self-attention in one row, without a cache")
+    _check_packed(qkv, num_tokens)
     if options.get("position_bias") is not None:
         raise NotImplementedError("a position bias cannot be cut into segments")
     causal_within = _causal_within(stock, module, options)
@@ -83,6 +84,11 @@ def _per_segment(
         outputs.append(stock(module, query, key, value, own, **options)[0])
         start += length
     return torch.cat(outputs, dim=1), None
+
+
+def _check_packed(qkv: tuple[Tensor, Tensor, Tensor], num_tokens: int) -> None:
+    if any(part.shape[0] != 1 or part.shape[2] != num_tokens for part in qkv):
+        raise NotImplementedError("packed rows go through self-attention in one row, without a cache")
 
 
 def _causal_within(stock: _Attention, module: nn.Module, options: dict[str, Any]) -> int:
@@ -102,7 +108,13 @@ def _sdpa_segments(
     segment_lengths: tuple[int, ...] | None = None,
     **options: Any,  # transformers' attention interface: what each family passes on to its attention
 ) -> tuple[Tensor, Tensor | None]:
-    return _per_segment(sdpa_attention_forward, module, (query, key, value), attention_mask, segment_lengths, options)
+    qkv = query, key, value
+    kernel = None if segment_lengths is None else kernel_for(query, value)
+    window = window_of(module, attention_mask, options)
+    if kernel is not None and segment_lengths is not None and window is not None:
+        _check_packed(qkv, sum(segment_lengths))
+        return attend(kernel, qkv, list(segment_lengths), options.get("scaling"), window), None
+    return _per_segment(sdpa_attention_forward, module, qkv, attention_mask, segment_lengths, options)
 
 
 def _eager_segments(

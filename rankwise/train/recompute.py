@@ -11,7 +11,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
@@ -20,19 +19,19 @@ from rankwise.errors import RequestError
 HAS_NEW_NAME = "activation_checkpointing_enable" in vars(PreTrainedModel)
 """The earlier releases of transformers 5 know the other name only; the later ones warn that 6 drops it."""
 
-_ATEN = torch.ops.aten
-
 KEPT = frozenset(
     {
-        _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-        _ATEN._scaled_dot_product_flash_attention.default,
-        _ATEN._scaled_dot_product_efficient_attention.default,
-        _ATEN._scaled_dot_product_cudnn_attention.default,
-        _ATEN._flash_attention_forward.default,
-        _ATEN._efficient_attention_forward.default,
+        "aten._scaled_dot_product_flash_attention_for_cpu.default",
+        "aten._scaled_dot_product_flash_attention.default",
+        "aten._scaled_dot_product_efficient_attention.default",
+        "aten._scaled_dot_product_cudnn_attention.default",
+        "aten._flash_attention_forward.default",
+        "aten._efficient_attention_forward.default",
+        "torch_attn._varlen_attn.default",  # packed rows on CUDA
+        "flash_attn._flash_attn_varlen_forward.default",
     }
 )
-"""Operations whose results are kept. Eager attention has none of them: it is computed again, scores and all."""
+"""Operations, by name, whose results are kept. Eager attention has none of them: its scores are computed again."""
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
@@ -61,4 +60,4 @@ def _keep_attention(
     *arguments: Any,
     **options: Any,  # torch's seam: what the operation is called with
 ) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if str(operation) in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -182,9 +182,34 @@ def test_windows_up_to_the_segment_need_no_mask(monkeypatch):
     assert set(masks) == {(19, True), (5, False), (1, False), (12, False)}
 
 
-def test_an_encoder_decoder_model_is_refused():
+def test_an_encoder_decoder_model_is_refused_and_keeps_its_own_attention():
+    model = tiny.t5()
     with pytest.raises(RequestError, match=REFUSED):
-        packing_mode(tiny.t5())
+        packing_mode(model)
+    assert model.config._attn_implementation == tiny.t5().config._attn_implementation
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
+def test_padded_rows_equal_rows_alone_under_stock_attention(family):
+    """Without a registered mask function padded rows would get no mask at all, in silence."""
+    model, stock = tiny.CAUSAL_LMS[family](), tiny.CAUSAL_LMS[family]()
+    assert packing_mode(model) == "segments"
+    rows = rows_of((19, 5, 12))  # the windows are 8
+    with torch.no_grad():
+        logits = model(**forward_inputs(padded(rows), model)).logits
+        for found, (ids, _) in zip(logits, rows, strict=True):
+            torch.testing.assert_close(found[: len(ids)], stock(input_ids=ids[None]).logits[0], rtol=1e-5, atol=1e-5)
+
+
+def test_padded_rows_of_an_encoder_equal_rows_alone():
+    model, stock = tiny.bert(), tiny.bert()
+    assert packing_mode(model) == "segments"
+    rows = rows_of((9, 4, 17))
+    with torch.no_grad():
+        hidden = model(**forward_inputs(padded(rows), model)).last_hidden_state
+        for found, (ids, _) in zip(hidden, rows, strict=True):
+            wanted = stock(input_ids=ids[None]).last_hidden_state[0]
+            torch.testing.assert_close(found[: len(ids)], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_carries_state_across_samples_is_refused():

@@ -1,0 +1,70 @@
+"""How benchmarks measure: paired rounds that a second start goes on with, and ratios of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import measure
+
+    return measure
+
+
+def test_a_stopped_run_goes_on_where_it_was(measure: ModuleType, tmp_path: Path) -> None:
+    out, calls = str(tmp_path / "x.jsonl"), []
+
+    def variant(number: int) -> int:
+        if number == 2 and len(calls) < 5:
+            raise KeyboardInterrupt
+        calls.append(number)
+        return 10 + number
+
+    settings = {"benchmark": "x", "rounds": 4}
+    with pytest.raises(KeyboardInterrupt):
+        measure.interleaved({"a": variant}, 4, 1, settings, out)
+    assert calls == [-1, 0, 1]
+    calls.extend([9, 9])
+    counts: dict[str, list[int]] = {}
+    times = measure.interleaved({"a": variant}, 4, 1, settings, out)
+    assert calls[5:] == [-1, 2, 3] and len(times["a"]) == 4
+    other = measure.interleaved({"a": variant}, 4, 0, {**settings, "threads": 2}, out, counts)
+    assert len(other["a"]) == 4 and counts == {"a": [10, 11, 12, 13]}
+    measure.report({"benchmark": "x"}, [measure.ratio_row("a / a", times, "a", "a")], out)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+    assert json.loads(Path(out).read_text())["rows"][0]["median"] == 1.0
+
+
+def test_ratios_are_paired_and_per_token(measure: ModuleType) -> None:
+    times = {"a": [(2.0, 4.0), (20.0, 4.0), (3.0, 4.0)], "b": [(1.0, 2.0), (10.0, 2.0), (1.0, 2.0)]}
+    assert measure.ratio(times, "a", "b")["median"] == 2.0
+    assert measure.ratio(times, "a", "b", clock=1)["median"] == 2.0
+    assert measure.per_token({"a": [(6.0, 3.0)]}, {"a": [3]}) == {"a": [(2.0, 1.0)]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["step.py", "--size", "tiny", "--tokens", "32", "--rounds", "2"],
+        ["load.py", "--size", "tiny", "--rounds", "2"],
+        ["inference.py", "--size", "tiny", "--rounds", "2"],
+        ["real_lengths.py", "--size", "tiny", "--rounds", "2"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_script_runs(command: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="needs pip install 'rankwise[bench]'")
+    out = tmp_path / "out.jsonl"
+    subprocess.run([sys.executable, str(BENCHMARKS / command[0]), *command[1:], "--out", str(out)], check=True)
+    assert json.loads(out.read_text())["rows"]
