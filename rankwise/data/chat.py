@@ -117,7 +117,7 @@ def declared_tools(row: Mapping[str, Any]) -> Turns:
             raise RowError(f"{shown}.function is {type_name(function)}, must be an object")
         string(function, "name", f"{shown}.name")
         found.append(tool if "function" in tool else {"type": "function", "function": tool})
-    return (Turn(TOOLS, json.dumps(found, ensure_ascii=False)),)
+    return (Turn(TOOLS, _as_json(found, "tools")),)
 
 
 def untrained(turns: Turns) -> Turns:
@@ -211,7 +211,7 @@ def _call(value: Any, shown: str) -> Call:
         arguments = {}
     if not isinstance(arguments, dict):
         raise RowError(f"{shown}.arguments is {type_name(arguments)}, must be an object, or the JSON of one")
-    return Call(name, json.dumps(arguments, ensure_ascii=False), _optional_text(value, "id", shown))
+    return Call(name, _as_json(arguments, f"{shown}.arguments"), _optional_text(value, "id", shown))
 
 
 def _parsed(value: Any, shown: str) -> Any:
@@ -227,6 +227,14 @@ def _parsed(value: Any, shown: str) -> Any:
     if wrong := flaw(found):
         raise RowError(f"{shown}: {wrong}")
     return found
+
+
+def _as_json(value: Any, shown: str) -> str:
+    """The value's JSON. Raises: RowError for what has none: bytes in a column, a number that is too large."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RowError(f"{shown} can't be written as JSON: {error}") from None
 
 
 def _no_constant(name: str) -> Any:

@@ -149,6 +149,8 @@ def test_a_prompt_of_several_turns():
         ([ask(), reply("", tool_calls=[{"name": "f", "arguments": "["}])], r"arguments is a string that is not JSON"),
         ([ask(), reply("", tool_calls=[{"name": "f", "arguments": "[]"}])], r"arguments is a list, must be an object"),
         ([ask(), reply("", tool_calls=[{"name": "f", "arguments": '{"x": NaN}'}])], "a string that is not JSON"),
+        ([ask(), reply("", tool_calls=[{"name": "f", "arguments": {"x": b""}}])], "can't be written as JSON: Object"),
+        ([ask(), reply("", tool_calls=[{"name": "f", "arguments": '{"x": 1e999}'}])], "can't be written as JSON: Out"),
         ([ask(), reply("", tool_calls=[{"name": " "}])], r"tool_calls\[0\].name is empty"),
         ([ask(), reply("", tool_calls={"name": "f"})], r"tool_calls is an object, must be a list of calls"),
         ([ask(), reply("", tool_calls=[CALL], function_call=CALL)], "has tool_calls and function_call; keep one"),
