@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import shutil
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import peft
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -70,6 +73,37 @@ def test_evaluate_metrics_rows_and_data(call, run, words):
     code, document, _, _ = call(*argv, run, json_only=True)
     assert code == 0 and document["rows"] == 3 and document["data"] == str(data)
     assert [list(row) for row in document["results"]] == [["target", "chrf"], *[["target", "loss", "chrf"]] * 2]
+
+
+def test_evaluate_any_kind_of_file(call, run, tmp_path):
+    few = rows(3, first=2)
+    write_rows(tmp_path / "rows.jsonl", few)
+    (tmp_path / "rows.json").write_text(json.dumps(few))
+    (tmp_path / "rows.csv.gz").write_bytes(
+        gzip.compress("".join(["prompt,completion\n", *(f"{r['prompt']},{r['completion']}\n" for r in few)]).encode())
+    )
+    pq.write_table(pa.Table.from_pylist(few), tmp_path / "rows.parquet")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(tmp_path / "rows.parquet", folder)
+    found = []
+    for name in ("rows.jsonl", "rows.json", "rows.csv.gz", "rows.parquet", "folder", "*.json"):
+        line = (
+            "evaluate",
+            run,
+            "--data",
+            tmp_path / name,
+            "--metrics",
+            "loss",
+            "chrf",
+            "--copy",
+            "--max-new-tokens",
+            4,
+        )
+        code, document, _, err = call(*line, "--max-new-tokens", 4, *PRECISION, json_only=True)
+        assert code == 0, err
+        found.append([figures(result) for result in document["results"]])
+    assert all(figure == found[0] for figure in found)
 
 
 def test_evaluate_a_model(call, run):

@@ -1,7 +1,7 @@
 """Strategies for fuzzing: bytes near to good files, JSON near to good rows, and how long to look.
 
 In the suite the examples are few and always the same. `RANKWISE_FUZZ=20000 pytest tests/data/test_fuzz.py` looks for
-new ones, that many for each test; what it finds belongs in `SEEDS` of that file.
+new ones, that many for each test; what it finds belongs in `fixtures/fuzz`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def looking(examples: int) -> settings:
 
 FRAGMENTS = [
     b"\n", b"\r", b"\r\n", b'"', b'""', b",", b"\t", b"{", b"}", b"[", b"]", b":", b"\\", b"\\u", b"\\ud800",
-    b"\\udc00",    b"\0", b"\xff", b"\xfe", b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3", b"\xf0\x9f", b"NaN", b"-Infinity", b"1e999",
+    b"\\udc00", b"\0", b"\xff", b"\xfe", b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3", b"\xf0\x9f", b"NaN", b"-Infinity",
+    b"1e999",
     b"9" * 5000, b"null", b"true", b'{"text":"a"}', b'{"text":"a","text":"b"}', b"[" * 200, b'{"a":' * 200, b"PAR1",
     b"ARROW1\0\0", b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"text", b"\xe2\x80\xa8", b"\x1a", b"\x0b\x0c",
 ]  # fmt: skip

@@ -26,18 +26,13 @@ from rankwise.data.rows import Row, Rows, read_rows
 from rankwise.data.sources import parts
 from rankwise.errors import RequestError
 from tests import tiny
-from tests.data.builders import tokenizer_of
+from tests.data.builders import FIXTURES, tokenizer_of
 from tests.data.fuzzing import FREE_BYTES, ROWS, TALKS, TEXTS, VALUES, damaged, looking
 from tests.data.test_file_kinds import CONTENTS, PACK
 from tests.data.test_tools import ADDED, HERMES
 
-SEEDS: dict[str, list[bytes]] = {
-    ".jsonl": [],
-    ".json": [],
-    ".csv": [],
-    ".parquet": [],
-}
-"""What long sessions found, by the end of the file's name."""
+SEEDS = sorted((FIXTURES / "fuzz").iterdir())
+"""Files that long sessions found, each of which once was an exception."""
 
 
 def check(path: Path, reading: Reading) -> Rows | None:
@@ -236,9 +231,7 @@ def test_what_parses_is_the_same_in_every_kind_of_file(tmp_path_factory, talk):
         assert [each.turns for each in found.rows] == [turns]
 
 
-@pytest.mark.parametrize(("suffix", "content"), [(suffix, seed) for suffix, seeds in SEEDS.items() for seed in seeds])
-def test_seeds_that_long_sessions_found(tmp_path, suffix, content):
-    path = tmp_path / f"rows{suffix}"
-    path.write_bytes(content)
+@pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: seed.name)
+def test_seeds_that_long_sessions_found(seed):
     for reading in (Reading(), Reading("text"), Reading(text_rows="paragraph"), Reading(columns={"text": "{a}{text}"})):
-        check(path, reading)
+        check(seed, reading)

@@ -34,7 +34,7 @@ def read_parquet(stream: BinaryIO) -> Iterator[Item]:
             for batch in file.iter_batches(batch_size=BATCH_ROWS, use_threads=False):
                 yield from rows_of(batch, first)
                 first += batch.num_rows
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # a damaged length asks for terabytes
         raise UnreadableError(f"can't be read as Parquet: {_short(error)}", first) from None
 
 
@@ -62,7 +62,7 @@ def read_arrow(stream: BinaryIO) -> Iterator[Item]:
                 for batch in batches:
                     yield from _in_parts(batch, first)
                     first += batch.num_rows
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # a damaged length asks for terabytes
         raise UnreadableError(f"can't be read as Arrow: {_short(error)}", first) from None
 
 
@@ -115,4 +115,6 @@ def _check_columns(names: Sequence[str]) -> None:
 
 
 def _short(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "it asks for more memory than there is"
     return " ".join(str(error).split())[:200].rstrip(".")
