@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from rankwise.attach.inject import disabled as disabled
     from rankwise.attach.inject import merge_in as merge  # noqa: F401
     from rankwise.attach.inject import ranks as ranks
+    from rankwise.attach.trainers import BaseAlone as BaseAlone
+    from rankwise.attach.trainers import resumable as resumable
     from rankwise.errors import RankwiseError as RankwiseError
     from rankwise.errors import RequestError as RequestError
     from rankwise.errors import WorkError as WorkError
@@ -46,6 +48,8 @@ SURFACE: dict[str, tuple[str, str]] = {
     "set_ranks": ("rankwise.ranks.dynamic", "set_ranks"),
     "save_adapter": ("rankwise.attach.checkpoint", "save_adapter"),
     "load_adapter": ("rankwise.attach.checkpoint", "load_adapter"),
+    "resumable": ("rankwise.attach.trainers", "resumable"),
+    "BaseAlone": ("rankwise.attach.trainers", "BaseAlone"),
     "train": ("rankwise.recipes.finetune", "train"),
     "RunConfig": ("rankwise.recipes.run", "RunConfig"),
     "RankwiseError": ("rankwise.errors", "RankwiseError"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,53 @@ def test_notebook(files):
     assert "'target': 'base'" in out and "'target': 'adapter'" in out and "LlamaForCausalLM" in out
     assert "'verdict': 'pass'" in out
     assert (Path(files["output"]) / "merged" / "merge_certificate.json").is_file()
+
+
+def adapter_files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name.startswith(("adapter", "model", "pytorch_model"))}
+
+
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_trainer(files):
+    arguments = ("--data", files["data"], "--valid", files["valid"], "--model", files["model"], "--lr", "0.02")
+    out = run("trainer.py", *arguments, "--output", files["output"], "--steps", "8", "--every", "4")
+    before, after = (float(word) for word in re.findall(r"base ([\d.]+), adapter ([\d.]+)", out)[0])
+    assert after < before - 0.3 and "best" in out
+    for folder in ("adapter", "checkpoint-4", "checkpoint-8"):
+        assert adapter_files(Path(files["output"]) / folder) == ADAPTER
+    again = run("trainer.py", *arguments, "--output", files["output"], "--steps", "12", "--every", "4", "--resume")
+    assert adapter_files(Path(files["output"]) / "checkpoint-12") == ADAPTER and "base" in again
+
+
+def need_trl() -> None:
+    pytest.importorskip("trl", reason="TRL is not installed: pip install 'rankwise[trl]'")
+
+
+def test_trl_sft(files):
+    need_trl()
+    out = run(
+        "trl_sft.py", "--data", files["data"], "--model", files["model"], "--output", files["output"], "--steps", "8",
+        "--lr", "0.02",
+    )  # fmt: skip
+    first, last = (float(word) for word in re.findall(r"first step ([\d.]+), last step ([\d.]+)", out)[0])
+    assert last < first - 0.3
+    for folder in ("adapter", "checkpoint-8"):
+        assert adapter_files(Path(files["output"]) / folder) == ADAPTER
+    loaded = rw.load_adapter(
+        transformers.AutoModelForCausalLM.from_pretrained(files["model"]), f"{files['output']}/adapter"
+    )
+    assert len(rw.ranks(loaded)) == 14
+
+
+def test_grpo_with_the_base_as_reference(files):
+    need_trl()
+    out = run(
+        "grpo.py", "--data", files["data"], "--model", files["model"], "--output", files["output"], "--steps", "3",
+        "--tokens", "6", "--lr", "0.02",
+    )  # fmt: skip
+    first, last = (float(word) for word in re.findall(r"kl: first step ([\d.e-]+), last step ([\d.e-]+)", out)[0])
+    assert first == 0.0, "a fresh adapter is its own reference"
+    assert last > 0.0, "which the adapter-off model stays, while the adapter moves"
+    assert adapter_files(Path(files["output"]) / "adapter") == ADAPTER

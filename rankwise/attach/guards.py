@@ -6,49 +6,78 @@ attached model have their own.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from rankwise.errors import RequestError
+from rankwise.errors import RequestError, did_you_mean
+
+WITHOUT_EFFECT = ("state_dict", "max_shard_size", "token", "save_original_format", "distributed_checkpoint")
+"""Arguments of transformers' `save_pretrained` that its own callers pass and that mean nothing to an adapter: its
+tensors are the model's own, in one file."""
+
+REFUSED = {
+    "push_to_hub": (False, "call push_to_hub(repo_id) of the attached model instead"),
+    "safe_serialization": (True, "adapters are saved as safetensors, never as pickle"),
+    "save_peft_format": (True, "an adapter has PEFT's format and no other"),
+    "variant": (None, "an adapter's file has one name"),
+}
+"""Other arguments: the one value that they may have, and why."""
 
 
 def save_pretrained(
-    model: nn.Module,
-    save_directory: Any,
-    is_main_process: bool = True,
-    state_dict: dict[str, Tensor] | None = None,  # Trainer passes the model's own
-    push_to_hub: bool = False,
-    max_shard_size: Any = None,  # adapters are one file
-    safe_serialization: bool = True,
+    model: nn.Module, save_directory: str | os.PathLike[str], is_main_process: bool = True, **named: Any
 ) -> None:
-    """Writes the adapter folder. Takes what transformers' Trainer passes; refuses what would need the whole model."""
+    """Writes the adapter folder. Takes transformers' own arguments where they mean something, or nothing.
+
+    Raises: RequestError for others, and for what would need the whole model.
+    """
     from rankwise.attach.checkpoint import save_adapter
 
-    if push_to_hub:
-        raise RequestError("push_to_hub=True: call push_to_hub(repo_id) of the attached model instead")
-    if not safe_serialization:
-        raise RequestError("safe_serialization=False would write a pickle file; adapters are saved as safetensors only")
+    for name, value in named.items():
+        if name in REFUSED and value != REFUSED[name][0]:
+            raise RequestError(f"save_pretrained({name}={value!r}) of an attached model: {REFUSED[name][1]}")
+        if name not in (*REFUSED, *WITHOUT_EFFECT):
+            known = (*REFUSED, *WITHOUT_EFFECT, "is_main_process")
+            raise RequestError(f"save_pretrained of an attached model takes no '{name}'{did_you_mean(name, known)}")
     if is_main_process:
-        save_adapter(model, str(save_directory))
+        save_adapter(model, save_directory)
 
 
 def push_to_hub(
-    model: nn.Module, repo_id: str, commit_message: str = "Upload LoRA adapter", private: bool | None = None,
-    token: str | bool | None = None, revision: str | None = None,
-) -> str:  # fmt: skip
-    """Creates the repository if need be and uploads the adapter folder; returns the commit's address."""
+    model: nn.Module,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    **named: Any,
+) -> str:
+    """Creates the repository if need be and uploads the adapter folder; returns the commit's address.
+
+    Raises: RequestError for arguments of transformers' `push_to_hub` that an upload of an adapter does not know.
+    """
     from huggingface_hub import HfApi
 
+    for name in named:
+        if name not in ("commit_description", "create_pr", "max_shard_size"):
+            raise RequestError(
+                f"push_to_hub of an attached model takes no '{name}'; save_adapter and huggingface_hub's upload_folder "
+                "know every option"
+            )
+    more = {name: value for name, value in named.items() if name != "max_shard_size"}  # an adapter is one file
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder)
-        done = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision)
+        message = commit_message or "Upload LoRA adapter"
+        done = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision, **more)
     return str(done)
 
 

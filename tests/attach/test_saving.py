@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from rankwise.adapters.config import LoraConfig
 from rankwise.attach.checkpoint import load_adapter, save_adapter
@@ -43,10 +44,25 @@ def test_save_pretrained_refuses_what_it_would_not_do(tmp_path):
     model = attach(tiny.llama(), LoraConfig(r=2))
     with pytest.raises(RequestError, match=r"call push_to_hub\(repo_id\) of the attached model instead"):
         model.save_pretrained(tmp_path, push_to_hub=True)
-    with pytest.raises(RequestError, match="would write a pickle file"):
-        model.save_pretrained(tmp_path, safe_serialization=False)
+    for wrong, words in (
+        ({"safe_serialization": False}, r"save_pretrained\(safe_serialization=False\).*never as pickle"),
+        ({"save_peft_format": False}, "PEFT's format and no other"),
+        ({"variant": "fp16"}, r"variant='fp16'.*one name"),
+        ({"max_shard": "1GB"}, "takes no 'max_shard'; did you mean 'max_shard_size'"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            model.save_pretrained(tmp_path, **wrong)
     model.save_pretrained(tmp_path / "other-process", is_main_process=False)
     assert not (tmp_path / "other-process").exists() and files(tmp_path) == set()
+
+
+def test_save_pretrained_takes_what_transformers_own_callers_pass(tmp_path):
+    model = attach(tiny.llama(), LoraConfig(r=2))
+    stock = inspect.signature(PreTrainedModel.save_pretrained).parameters
+    named = {name: p.default for name, p in stock.items() if p.default is not inspect.Parameter.empty}
+    model.save_pretrained(tmp_path / "stock", **named)
+    model.save_pretrained(tmp_path / "trainer", state_dict=model.state_dict(), safe_serialization=True)
+    assert files(tmp_path / "stock") == files(tmp_path / "trainer") == ADAPTER
 
 
 def test_a_detached_model_saves_itself_again(tmp_path):
@@ -78,6 +94,8 @@ def test_push_to_hub_uploads_the_adapter_folder(monkeypatch):
     assert calls["token"] == "secret" and calls["repo"] == ("someone/adapter", True, True)
     assert calls["commit"] == ("someone/adapter", "first", "dev")
     assert not Path(str(calls["folder"])).exists()
+    with pytest.raises(RequestError, match="push_to_hub of an attached model takes no 'tags'"):
+        model.push_to_hub("someone/adapter", tags=["lora"])
 
 
 class Rows(Dataset):
