@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+from rankwise.config import build
 from rankwise.data.columns import Columns
 from rankwise.data.fields import ANSWERS
 from rankwise.data.formats import FORMATS
@@ -27,6 +31,8 @@ PREFERENCE = "preference"
 """Layouts, by which rows become sequences: see `rankwise.data.layouts`."""
 LEAST_LENGTH = 2
 """A label needs a token before it that predicts it."""
+BY_HASH, BY_ROW = "hash", "row"
+OFF = "off"
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,54 @@ class Reading:
     text_rows: str = LINE
     columns: Mapping[str, str] | None = None
     system: str | None = None
+    group: str | None = None
+    """The column by which rows are split."""
 
 
 BY_KEYS = Reading()
 """Each file's format is recognised by its keys."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of training rows, where `train` lists several.
+
+    Args:
+        path: as a string in its place: a path, a folder, a pattern, a data set of the Hub, or a list of these.
+        name: what messages and metrics call it; not given: the first path's last part without its suffix.
+        weight: its share of the rows that are drawn, in relation to the others' (not given, where others have: 1).
+        epochs: how often its rows are drawn in one epoch of the mix.
+        format, columns: of its files, instead of `data.format` and `data.columns`.
+
+    Raises: RequestError for a value out of range.
+    """
+
+    path: str | list[str]
+    name: str = ""
+    weight: int | float | None = None
+    epochs: int | float | None = None
+    format: str | None = None
+    columns: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path or not all(paths_of(self.path)):
+            raise RequestError(f"data.train: a source's path is {self.path!r}; give the path of a data file, or a list")
+        if not self.name:
+            object.__setattr__(self, "name", Path(paths_of(self.path)[0]).name.partition(".")[0] or "rows")
+        for setting in ("weight", "epochs"):
+            value = getattr(self, setting)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise RequestError(
+                    f"data.train: the {setting} of '{self.name}' must be more than 0, not {value}; leave a source out "
+                    "to train without it"
+                )
+        if self.format not in (None, AUTO, *FORMATS):
+            raise RequestError(
+                f"data.train: the format of '{self.name}' can't be '{self.format}'"
+                f"{did_you_mean(str(self.format), (AUTO, *FORMATS))}"
+            )
+        if self.columns is not None:
+            check_columns(self.columns)
 
 
 @dataclass(frozen=True)
@@ -60,11 +110,17 @@ class DataConfig:
         columns: fields of a format, each as the column it is taken from, or a text with columns in braces.
         system: the system prompt of rows that have none of their own.
         on_bad_row: whether rows that can't be used are an `error`, or `skip`: left out, and counted.
+        mixing_temperature: draws from each of several sources by its size to the power of 1 / temperature.
+        valid_split: rows held out of `train` where `valid` is not given: a fraction of them (0.05), their number, 0 for
+            none, or `auto`: a twentieth, at most 200, of 100 rows or more.
+        split_by: `hash` of what the row says, `row` (by chance), or the name of a column whose values stay together.
+        workers: processes that encode rows, or `auto`: by the cores and the size of the data. Not the results.
+        cache: where encoded rows are kept: `auto` (the user's cache folder, from 1 MiB of data on), `off`, or a folder.
 
     Raises: RequestError for a value out of range, or a setting without effect.
     """
 
-    train: str | list[str]
+    train: str | list[str | dict[str, Any]]
     valid: str | list[str] | None = None
     test: str | list[str] | None = None
     format: str = AUTO
@@ -75,12 +131,28 @@ class DataConfig:
     columns: dict[str, str] | None = None
     system: str | None = None
     on_bad_row: str = ERROR
+    mixing_temperature: int | float | None = None
+    valid_split: int | float | str = AUTO
+    split_by: str = BY_HASH
+    workers: int | str = AUTO
+    cache: str = AUTO
 
     def __post_init__(self) -> None:
         for name in ("train", "valid", "test"):
             value = getattr(self, name)
-            if value is not None and (not value or not all(paths_of(value))):
+            if value is not None and (not value or not all(value)):
                 raise RequestError(f"data.{name} is {value!r}; give the path of a data file, or a list of paths")
+        self._check_reading()
+        self._check_mix()
+        self._check_split()
+        if isinstance(self.workers, str) and self.workers != AUTO:
+            raise RequestError(f"data.workers must be a number of processes or auto, not '{self.workers}'")
+        if isinstance(self.workers, int) and self.workers < 1:
+            raise RequestError(f"data.workers must be 1 or more, or auto, not {self.workers}")
+        if not self.cache:
+            raise RequestError("data.cache is empty; give auto, off, or the path of a folder")
+
+    def _check_reading(self) -> None:
         if self.format not in (AUTO, *FORMATS):
             raise RequestError(f"data.format can't be '{self.format}'{did_you_mean(self.format, (AUTO, *FORMATS))}")
         if self.max_length < LEAST_LENGTH:
@@ -107,10 +179,87 @@ class DataConfig:
         if self.format == "text" and self.chat_template != AUTO:
             raise RequestError(text_has_no_template(self.chat_template))
 
+    def _check_mix(self) -> None:
+        sources = self.sources
+        by = {name: [s.name for s in sources if getattr(s, name) is not None] for name in ("weight", "epochs")}
+        given = [f"the {name} of '{names[0]}'" for name, names in by.items() if names]
+        if self.mixing_temperature is not None:
+            if not (self.mixing_temperature >= 1 and math.isfinite(self.mixing_temperature)):
+                raise RequestError(
+                    f"data.mixing_temperature must be 1 or more, not {self.mixing_temperature}; 1 draws by size, "
+                    "higher ones make shares more equal"
+                )
+            given.append("data.mixing_temperature")
+        if len(given) > 1:
+            raise RequestError(f"{' and '.join(given)} both say how often sources are drawn from; give one of them")
+        if given and len(sources) == 1:
+            instead = "set train.epochs" if by["epochs"] else "leave it out, or list more in data.train"
+            raise RequestError(f"{given[0]} has no effect on one source; {instead}")
+        twice = next((s.name for s in sources if [other.name for other in sources].count(s.name) > 1), None)
+        if twice is not None:
+            raise RequestError(f"two sources of data.train are called '{twice}'; give each a name")
+
+    def _check_split(self) -> None:
+        value = self.valid_split
+        if isinstance(value, str) and value != AUTO:
+            raise RequestError(f"data.valid_split must be a fraction, a number of rows, or auto, not '{value}'")
+        if isinstance(value, float) and value != 0 and not 0 < value < 1:
+            raise RequestError(
+                f"data.valid_split ({value}) must be a fraction between 0 and 1, or a whole number of rows"
+            )
+        if isinstance(value, int) and value < 0:
+            raise RequestError(f"data.valid_split must be 0 or more, not {value}")
+        if not self.split_by:
+            raise RequestError(f"data.split_by is empty; give {BY_HASH}, {BY_ROW}, or the name of a column")
+        if self.valid is not None and value not in (AUTO, 0):
+            raise RequestError(
+                f"data.valid_split ({value}) has no effect: data.valid gives the rows; leave out one of them"
+            )
+        if self.split_by != BY_HASH and (self.valid is not None or value == 0):
+            why = "data.valid gives the rows" if self.valid is not None else "data.valid_split is 0"
+            raise RequestError(f"data.split_by ({self.split_by}) has no effect: {why}; leave it out")
+
     @property
     def reading(self) -> Reading:
         """How files become rows."""
-        return Reading(self.format, self.text_rows, self.columns, self.system)
+        return Reading(self.format, self.text_rows, self.columns, self.system, self.group_column)
+
+    @property
+    def group_column(self) -> str | None:
+        """The column that `split_by` names, if it does."""
+        return self.split_by if self.split_by not in (BY_HASH, BY_ROW) else None
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The sources of training rows: one, unless `train` lists some with settings of their own."""
+        if isinstance(self.train, str) or all(isinstance(item, str) for item in self.train):
+            return (Source(self.train_paths),)
+        return tuple(
+            build(Source, item, f"data.train[{index}]") if isinstance(item, Mapping) else Source(item)
+            for index, item in enumerate(self.train)
+        )
+
+    def for_files(
+        self, paths: str | list[str], format: str | None = None, columns: dict[str, str] | None = None
+    ) -> DataConfig:
+        """The same treatment of other files, without what is said of the run's own: sources, splits.
+
+        `format`, `columns`: theirs, where these are other ones.
+        """
+        return replace(
+            self, train=list(paths) if isinstance(paths, list) else paths, valid=None, test=None,
+            format=format or self.format, columns=columns or self.columns,
+            mixing_temperature=None, valid_split=AUTO, split_by=BY_HASH,
+        )  # fmt: skip
+
+    @property
+    def train_paths(self) -> list[str]:
+        """The paths of all sources, in their order."""
+        items = [self.train] if isinstance(self.train, str) else self.train
+        paths: list[str] = []
+        for index, item in enumerate(items):
+            paths += [item] if isinstance(item, str) else paths_of(build(Source, item, f"data.train[{index}]").path)
+        return paths
 
     @property
     def has_template_file(self) -> bool:

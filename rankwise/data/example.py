@@ -1,8 +1,7 @@
-"""What loading gives: examples, ready for training and evaluation, and what became of the rows they were made of."""
+"""What a row becomes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -49,24 +48,3 @@ class Example:
     def num_trained(self) -> int:
         """Labels that an earlier token predicts: the first position's does not count."""
         return sum(label != IGNORED for label in islice(self.labels, 1, None))
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Examples, and what became of the rows.
-
-    `format`, `why`: the formats found, and by what; `num_rows`: rows read; `num_truncated`: rows that were longer than
-    `max_length`; `num_emptied`: those of them that lost every trained token and were dropped; `notes`: choices made for
-    the user; `warnings`: what is probably a mistake.
-    """
-
-    examples: Sequence[Example]
-    format: str
-    why: str
-    num_rows: int
-    num_truncated: int
-    num_emptied: int = 0
-    notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-    num_skipped: int = 0
-    """Rows left out because they can't be used, where `data.on_bad_row` allows that."""

@@ -21,13 +21,13 @@ def quotas(
     epochs: Sequence[float | None],
     temperature: float | None,
 ) -> list[int]:
-    """Rows of each source in an epoch of the mix; at least one of each."""
+    """Rows of each source in an epoch of the mix; at least one of each that has any."""
     if temperature is not None:
         return _by_weight(sizes, [size ** (1 / temperature) for size in sizes])
     if any(weight is not None for weight in weights):
         return _by_weight(sizes, [1.0 if weight is None else weight for weight in weights])
     passes = [1.0 if epoch is None else epoch for epoch in epochs]
-    return [max(1, round(count * size)) for count, size in zip(passes, sizes, strict=True)]
+    return [max(min(size, 1), round(count * size)) for count, size in zip(passes, sizes, strict=True)]
 
 
 def _by_weight(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:

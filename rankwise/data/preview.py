@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.config import SKIP, WHOLE, DataConfig
-from rankwise.data.example import Example, Loaded
-from rankwise.data.loader import encode
-from rankwise.data.rows import Problem, Row, Rows, leak_warning, num_leaked, read_rows, tolerated
+from rankwise.data.example import Example
+from rankwise.data.loaded import Loaded, leak_warning, num_duplicates, num_leaked
+from rankwise.data.loader import accepted, load_split, to_stderr
+from rankwise.data.rows import Problem, tolerated
+from rankwise.data.training_set import load_sources, training_set
 from rankwise.errors import counted
-
-SPLITS = ("train", "valid", "test")
 
 
 def preview(
@@ -34,35 +34,52 @@ def preview(
 
     Raises: RequestError for files that can't be read, a format that can't be told, or an unusable template.
     """
-    read = {name: read_rows(files, config.reading) for name in SPLITS if (files := getattr(config, name)) is not None}
-    encoded = {name: encode(found, tokenizer, config, layout) for name, found in read.items()}
-    splits = {name: _split(read[name], encoded[name][0]) for name in read}
-    leaks = {name: num_leaked(found, read["train"]) for name, found in read.items() if name != "train"}
+    loaded, problems = _load(config, tokenizer, layout)
+    splits = {name: _split(found) for name, found in loaded.items()}
+    train = loaded["train"].examples
+    leaks = {name: num_leaked(found.examples, train) for name, found in loaded.items() if name != "train"}
     for name, count in leaks.items():
         splits[name]["leaks"] = count
-    loaded = encoded["train"][0]
     return {
         **splits["train"],
         "leaks": sum(leaks.values()),
-        "problems": [_problem(problem) for _, problems in encoded.values() for problem in problems],
-        "warnings": _warnings(encoded, splits, leaks, config.on_bad_row),
-        "notes": list(dict.fromkeys(note for found, _ in encoded.values() for note in found.notes)),
-        "examples": [_shown(example) for example in loaded.examples[:rows]],
+        "problems": [_problem(problem) for bad in problems.values() for problem in bad],
+        "warnings": _warnings(loaded, splits, leaks) + _skipped(problems, config.on_bad_row),
+        "notes": list(dict.fromkeys(note for found in loaded.values() for note in found.notes)),
+        "examples": [_shown(example) for example in train[:rows]],
         "splits": splits,
     }
 
 
-def _split(read: Rows, loaded: Loaded) -> dict[str, Any]:
-    lengths = [len(example.input_ids) for example in loaded.examples]
+def _load(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, layout: str
+) -> tuple[dict[str, Loaded], dict[str, list[Problem]]]:
+    """The splits that there are, by name, and what is wrong in the files of each."""
+    found = load_sources(config, tokenizer, layout, to_stderr, None)
+    problems = {"train": [problem for _, bad in found for problem in bad]}
+    refused = any(accepted(part, bad, config.on_bad_row)[1] for part, bad in found)
+    training = training_set(config, [part for part, _ in found], hold_out=config.valid is None and not refused)
+    loaded = {"train": training.train}
+    if training.held_out is not None:
+        notes = (f"valid: no file given, so {counted(len(training.held_out.examples), 'row')} of train held out",)
+        loaded["valid"] = dataclasses.replace(training.held_out, notes=notes)
+    for name in ("valid", "test"):
+        if (files := getattr(config, name)) is not None:
+            loaded[name], problems[name] = load_split(files, tokenizer, config.for_files(files), layout)
+    return loaded, problems
+
+
+def _split(loaded: Loaded) -> dict[str, Any]:
+    lengths = loaded.examples.column("tokens")
     return {
         "format": loaded.format,
         "why": loaded.why,
         "rows": loaded.num_rows,
-        "tokens": sum(lengths),
-        "trained_tokens": sum(example.num_trained for example in loaded.examples),
+        "tokens": int(lengths.sum()),
+        "trained_tokens": int(loaded.examples.column("trained").sum()),
         "truncated": loaded.num_truncated,
         "emptied": loaded.num_emptied,
-        "duplicates": _duplicates(read.rows),
+        "duplicates": num_duplicates(loaded.examples),
         "lengths": _quantiles(lengths),
     }
 
@@ -71,33 +88,28 @@ def _problem(problem: Problem) -> dict[str, Any]:
     return {"file": problem.file, "line": problem.line, "reason": problem.reason}
 
 
-def _duplicates(rows: Sequence[Row]) -> int:
-    return len(rows) - len({row.turns for row in rows})
-
-
-def _quantiles(lengths: Sequence[int]) -> dict[str, int]:
+def _quantiles(lengths: np.ndarray) -> dict[str, int]:
     """Tokens a row: shortest, median, 95 of 100, longest."""
-    if not lengths:
+    if not len(lengths):
         return {}
     names = {"min": 0, "median": 50, "p95": 95, "max": 100}
     return {name: int(np.percentile(lengths, at, method="higher")) for name, at in names.items()}
 
 
-def _warnings(
-    encoded: dict[str, tuple[Loaded, list[Problem]]],
-    splits: dict[str, dict[str, Any]],
-    leaks: dict[str, int],
-    on_bad_row: str,
-) -> list[str]:
-    texts = [f"{name}: {text}" for name, (loaded, _) in encoded.items() for text in loaded.warnings]
-    for name, (_, problems) in encoded.items():
-        if on_bad_row == SKIP:
-            bad_rows = [problem for problem in problems if not problem.of_file]
-            texts += [f"{name}: {text}" for text in tolerated(bad_rows, on_bad_row)]
+def _warnings(loaded: dict[str, Loaded], splits: dict[str, dict[str, Any]], leaks: dict[str, int]) -> list[str]:
+    texts = [f"{name}: {text}" for name, found in loaded.items() for text in found.warnings]
     for name, split in splits.items():
         if split["duplicates"]:
             texts.append(f"{name}: {counted(split['duplicates'], 'row')} equal to an earlier row")
     return texts + [leak_warning(name, count) for name, count in leaks.items() if count]
+
+
+def _skipped(problems: dict[str, list[Problem]], on_bad_row: str) -> list[str]:
+    """What training would say of rows that it leaves out, where it may."""
+    if on_bad_row != SKIP:
+        return []
+    of_rows = {name: [problem for problem in bad if not problem.of_file] for name, bad in problems.items()}
+    return [f"{name}: {text}" for name, bad in of_rows.items() for text in tolerated(bad, on_bad_row)]
 
 
 def _shown(example: Example) -> dict[str, Any]:

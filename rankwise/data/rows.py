@@ -14,11 +14,11 @@ from rankwise.data.columns import Columns
 from rankwise.data.config import AUTO, BY_KEYS, ERROR, Reading
 from rankwise.data.fields import ANSWERS, SYSTEM, TOOLS, RowError, Turn, Turns
 from rankwise.data.formats import FORMATS, detect
-from rankwise.data.readers.records import Fault, Item, Record
+from rankwise.data.readers.records import Fault, Item, Record, type_name
 from rankwise.data.sources import Part, expand, parts
 from rankwise.errors import RequestError, counted
 
-__all__ = ["BadRows", "Findings", "Problem", "Row", "Rows", "expand", "iter_rows", "leak_warning", "num_leaked",
+__all__ = ["BadRows", "Findings", "Problem", "Row", "Rows", "expand", "iter_rows", "problem_lines",
            "read_rows"]  # fmt: skip
 
 DETECT_ROWS = 1000
@@ -87,6 +87,8 @@ class Row:
     file: str
     line: int
     turns: Turns
+    group: str | None = None
+    """Its value in the column by which rows are split."""
 
 
 @dataclass(frozen=True)
@@ -111,17 +113,6 @@ class Findings:
     """Why each file has its format."""
     notes: list[str] = field(default_factory=list)
     num_blank: int = 0
-
-
-def num_leaked(rows: Rows, training: Rows) -> int:
-    """How many of `rows` are training rows too, compared as turns, letter by letter."""
-    seen = {row.turns for row in training.rows}
-    return sum(row.turns in seen for row in rows.rows)
-
-
-def leak_warning(split: str, count: int) -> str:
-    """What is said of leaked rows."""
-    return f"{split}: {counted(count, 'row')} also in the training files"
 
 
 def read_rows(paths: str | Sequence[str], reading: Reading = BY_KEYS) -> Rows:
@@ -189,7 +180,7 @@ def _part_rows(part: Part, reading: Reading, found: Findings) -> Iterator[Row | 
         elif isinstance(item, Fault):
             yield Problem(part.name, item.line, item.reason, item.ends_file)
         else:
-            yield _row(part.name, item, name, columns, reading.system)
+            yield _row(part.name, item, name, columns, reading)
 
 
 def _chained(start: list[Item], rest: Iterator[Item]) -> Iterator[Item]:
@@ -213,10 +204,11 @@ def _check_effects(reading: Reading, format: str, file: str) -> None:
         raise RequestError(f"data.system has no effect on the rows of '{file}', of format {format}; leave it out")
 
 
-def _row(file: str, record: Record, format: str, columns: Columns | None, system: str | None) -> Row | Problem:
+def _row(file: str, record: Record, format: str, columns: Columns | None, reading: Reading) -> Row | Problem:
     try:
         value = record.value if columns is None else columns.apply(record.value)
-        return Row(file, record.line, _with_system(FORMATS[format].turns(value), system))
+        turns = _with_system(FORMATS[format].turns(value), reading.system)
+        return Row(file, record.line, turns, _group(record.value, reading.group))
     except RowError as reason:
         source = "" if columns is None else columns.source(str(reason))
         return Problem(file, record.line, f"{reason}{source}")
@@ -228,3 +220,14 @@ def _with_system(turns: Turns, system: str | None) -> Turns:
         return turns
     num_tools = sum(turn.role == TOOLS for turn in turns)
     return *turns[:num_tools], Turn(SYSTEM, system), *turns[num_tools:]
+
+
+def _group(record: Mapping[str, Any], column: str | None) -> str | None:
+    """The value by which the row is split. Raises: RowError when the row has none."""
+    if column is None:
+        return None
+    value = record.get(column)
+    if value is None or isinstance(value, (list, dict)):
+        what = "is missing" if value is None else f"is {type_name(value)}, must be a text or a number"
+        raise RowError(f"{column}, by which data.split_by splits, {what}")
+    return str(value)

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.attach.inject import disabled
 from rankwise.data.config import DataConfig
-from rankwise.data.example import Example, Loaded
+from rankwise.data.example import Example
+from rankwise.data.loaded import Loaded
 from rankwise.data.loader import load_examples
 from rankwise.data.templates import stop_token_ids
 from rankwise.errors import RequestError
@@ -97,7 +98,7 @@ def evaluate(
     if config.max_length is not None:
         data = dataclasses.replace(data, max_length=config.max_length)
     tokenizer = target_tokenizer(target)
-    loaded = load_examples(data.train, tokenizer, data, target.needs.layout)
+    loaded = load_examples(data.train_paths, tokenizer, data, target.needs.layout)
     for line in (*(f"note: {note}" for note in loaded.notes), *(f"warning: {text}" for text in loaded.warnings)):
         print(line, file=sys.stderr)
     exam = make_exam(loaded, data, tokenizer, wanted, config, OBJECTIVES[target.objective], progress)

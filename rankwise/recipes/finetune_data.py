@@ -1,21 +1,25 @@
-"""The data of a fine-tuning run: read, encoded, and checked against the objective and the model."""
+"""The data of a fine-tuning run: read, encoded, split, and checked against the objective and the model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise.data.config import SKIP
-from rankwise.data.example import Loaded
+from rankwise.data.cache import Say
 from rankwise.data.formats import FORMATS
-from rankwise.data.loader import load_rows
-from rankwise.data.rows import BadRows, Rows, num_leaked, read_rows
+from rankwise.data.loaded import Loaded, num_leaked
+from rankwise.data.loader import accepted, check_any, load_split
+from rankwise.data.rows import BadRows, Problem
+from rankwise.data.splits import AUTO_LEAST_ROWS
 from rankwise.data.templates import stop_token_ids
-from rankwise.errors import RequestError
+from rankwise.data.training_set import TrainingSet, load_sources, training_set
+from rankwise.errors import RequestError, counted
 from rankwise.models.load import load_tokenizer
 from rankwise.recipes.run import RunConfig
 from rankwise.train.needs import NEEDS, remedy_for
+from rankwise.train.order import Share
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,33 @@ class RunData:
     """Training and validation examples, with the tokenizer that made them."""
 
     tokenizer: PreTrainedTokenizerBase
-    train: Loaded
+    training: TrainingSet
     valid: Loaded | None
+    """Of the file in data.valid, or held out of the training rows."""
     stop_ids: tuple[int, ...]
     """Tokens that end an answer in the way that the data was written."""
     num_leaked: int = 0
     """Validation rows that are training rows too, letter by letter."""
+
+    @property
+    def train(self) -> Loaded:
+        """The training rows."""
+        return self.training.train
+
+    @property
+    def shares(self) -> list[Share]:
+        """The sources, for the order of rows."""
+        return [Share(size, quota) for size, quota in zip(self.training.sizes, self.training.quotas, strict=True)]
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that an epoch draws."""
+        return sum(self.training.quotas)
+
+    @property
+    def num_held_out(self) -> int:
+        """Rows held out of the training files."""
+        return len(self.training.held_out.examples) if self.training.held_out else 0
 
     @property
     def pad_id(self) -> int:
@@ -39,21 +64,21 @@ class RunData:
 
     @property
     def tokens_per_epoch(self) -> tuple[int, int]:
-        """Tokens of the training set: all, and those that are trained on."""
-        examples = self.train.examples
-        return sum(len(e.input_ids) for e in examples), sum(e.num_trained for e in examples)
+        """Tokens of an epoch: all, and those that are trained on; of a mix, as many as its rows have on average."""
+        tokens, trained = (self.training.per_epoch(name) for name in ("tokens", "trained"))
+        return tokens, trained
 
     def check_fits(self, model: PreTrainedModel) -> None:
         """Raises: RequestError when a row has more tokens than the model has positions, or a token unknown to it."""
         config = model.config.get_text_config()
-        examples = [*self.train.examples, *(self.valid.examples if self.valid else ())]
-        longest = max(example.longest for example in examples)
+        splits = [self.train, *([self.valid] if self.valid else [])]
+        longest = max(int(split.examples.column("longest").max()) for split in splits)
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and longest > positions:
             raise RequestError(
                 f"a row has {longest} tokens, the model {positions} positions; set data.max_length={positions}"
             )
-        highest = max(max(example.input_ids) for example in examples)
+        highest = max(int(split.examples.column("highest").max()) for split in splits)
         if highest >= config.vocab_size:
             raise RequestError(
                 f"the tokenizer gives token {highest}, the model's vocabulary ends at {config.vocab_size - 1}; "
@@ -61,32 +86,43 @@ class RunData:
             )
 
 
-def load_data(run: RunConfig) -> RunData:
-    """Reads `data.train` and `data.valid`.
+def load_data(run: RunConfig, say: Say) -> RunData:
+    """Reads `data.train` and `data.valid`, or holds rows out where there is none; `say` takes what the cache does.
 
     Raises: BadRows with the problems of both; RequestError for files that can't be read, or rows that do not go with
         the objective.
     """
     tokenizer = load_tokenizer(run.model)
-    files = {"train": run.data.train, "valid": run.data.valid}
-    read: dict[str, Rows] = {}
-    loaded: dict[str, Loaded] = {}
-    problems = []
-    for split, paths in files.items():
-        if paths is None:
-            continue
-        try:
-            read[split] = read_rows(paths, run.data.reading)
-            if read[split].format and (run.data.on_bad_row == SKIP or not read[split].problems):
-                check_objective(run.train.objective, split, read[split].format, read[split].why)
-            loaded[split] = load_rows(read[split], paths, tokenizer, run.data, run.train.needs.layout)
-        except BadRows as bad:
-            problems += bad.problems
+    config, layout = run.data, run.train.needs.layout
+
+    def check(split: str) -> Callable[[str, str], None]:
+        return lambda format, why: check_objective(run.train.objective, split, format, why)
+
+    problems: list[Problem] = []
+
+    def used(loaded: Loaded, found: list[Problem]) -> Loaded:
+        loaded, bad = accepted(loaded, found, config.on_bad_row)
+        problems.extend(bad)
+        return loaded
+
+    parts = [used(*found) for found in load_sources(config, tokenizer, layout, say, check("train"))]
+    valid: Loaded | None = None
+    if config.valid is not None:
+        treated = config.for_files(config.valid)
+        valid = used(*load_split(config.valid, tokenizer, treated, layout, say, check("valid")))
     if problems:
         raise BadRows(problems)
-    leaked = num_leaked(read["valid"], read["train"]) if "valid" in read else 0
-    stop_ids = stop_token_ids(tokenizer, run.data, run.train.needs.layout)
-    return RunData(tokenizer, loaded["train"], loaded.get("valid"), stop_ids, leaked)
+    for source, part in zip(config.sources, parts, strict=True):
+        check_any(part, source.path, config)
+    if valid is not None and config.valid is not None:
+        check_any(valid, config.valid, config)
+    training = training_set(config, parts, hold_out=valid is None and not run.train.evaluates_never)
+    valid = valid or training.held_out
+    if valid is None:
+        rows = counted(len(training.train.examples), "row")
+        run.check_not_evaluated(f"without data.valid (of {rows}, fewer than {AUTO_LEAST_ROWS}, none is held out)")
+    leaked = num_leaked(valid.examples, training.train.examples) if valid is not None else 0
+    return RunData(tokenizer, training, valid, stop_token_ids(tokenizer, config, layout), leaked)
 
 
 def check_objective(objective: str, split: str, format: str, why: str) -> None:

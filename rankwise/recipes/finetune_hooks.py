@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from rankwise import distributed
 from rankwise.errors import WorkError, counted
 from rankwise.evaluate.generate import generate_answers
@@ -23,7 +25,7 @@ class _Period:
     def __init__(self, job: Job, setting: str) -> None:
         train = job.run.train
         self._every = Every.parse(getattr(train, setting), f"train.{setting}", job.plan.num_steps)
-        self._batch_size, self._num_rows = train.batch_size, len(job.data.train.examples)
+        self._batch_size, self._num_rows = train.batch_size, job.data.rows_per_epoch
 
     def due(self, step: Step) -> bool:
         """Whether it happens after this step."""
@@ -67,7 +69,7 @@ def _generate_samples(job: Job, folder: RunFolder, step: int) -> None:
     data, train = job.data, job.run.train
     assert data.valid is not None
     # rows of plain text ask nothing
-    asked = [example for example in data.valid.examples if example.prompt_ids][: train.num_samples]
+    asked = list(islice((example for example in data.valid.examples if example.prompt_ids), train.num_samples))
     if not asked:
         return
     answers = generate_answers(

@@ -25,6 +25,7 @@ from rankwise.attach.inject import (
     output_factors,
 )
 from rankwise.attach.swiglu import fuse_mlps
+from rankwise.data.config import BY_HASH
 from rankwise.data.formats import TEXT
 from rankwise.errors import RequestError
 from rankwise.models.load import check_task, choose_device, load_model, resolve
@@ -85,13 +86,15 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     with distributed.together():
         device = choose_device(run.model.device)
         check_task(run.model, run.train.needs.task)
-        data = load_data(run)
+        data = load_data(run, say)
         hashes = data_hashes(run.data)
         least = _least_precision(run)
     check_same_data(hashes)
     if data.train.format == TEXT:  # recognised or not: then `generate` on the run's folder goes on with texts
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, format=TEXT))
-    num_rows = len(data.train.examples)
+    if run.data.valid is None:  # resolved to a number: the same rows are held out when the run is repeated
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, **_resolved_split(run, data)))
+    num_rows = data.rows_per_epoch
     # one probe for all: they may find differently
     precision = distributed.from_first(lambda: run_precision(least, device, checkpoint))
     run = dataclasses.replace(
@@ -107,7 +110,7 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     with distributed.together():
         model = _attached_model(run, precision, data)
     bring_in_step(model, run.train.sharding, device)
-    order = RowOrder(num_rows, run.train.batch_size, run.train.num_rows(num_rows), run.train.seed)
+    order = RowOrder(data.shares, run.train.batch_size, run.train.num_rows(num_rows), run.train.seed)
     goes_on = isinstance(run.adapter, StartFrom) and run.train.objective == "dpo"
     objective = objective_of(run.train, StartingAdapter(model).in_place if goes_on else disabled)
     packing = run.data.packing is True
@@ -130,6 +133,13 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     for line in describe_run(run, precision, model, data, plan):
         say(line)
     return job
+
+
+def _resolved_split(run: RunConfig, data: RunData) -> dict[str, Any]:
+    """`data.valid_split` as what it came to, and `data.split_by` where that has an effect."""
+    if not data.num_held_out:
+        return {"valid_split": 0, "split_by": BY_HASH}
+    return {"valid_split": data.num_held_out if run.data.valid_split == AUTO else run.data.valid_split}
 
 
 def _least_precision(run: RunConfig) -> str:

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from rankwise.adapters.layers import layer_kind
 from rankwise.attach.checkpoint import read_config
 from rankwise.attach.inject import adapter_layers, describe, ranks
-from rankwise.data.rows import leak_warning
+from rankwise.data.config import BY_HASH, BY_ROW
+from rankwise.data.loaded import leak_warning
 from rankwise.errors import counted
 from rankwise.quantized import storage_in
 from rankwise.recipes.finetune_data import RunData
@@ -29,7 +30,7 @@ def describe_run(
         f"model     {run.model.name} ({type(model).__name__}) on {model.device}, {precision.name}: {precision.why}"
         + (f"; its layers are stored in {storage}" if (storage := storage_in(model)) else ""),
         *_adapter_lines(run, model),
-        *_data_lines(data),
+        *_data_lines(run, data),
         *_training_lines(run, data, plan),
     ]
 
@@ -75,16 +76,19 @@ def _too_high_ranks(run: RunConfig, model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _data_lines(data: RunData) -> list[str]:
+def _data_lines(run: RunConfig, data: RunData) -> list[str]:
     tokens, trained = data.tokens_per_epoch
     loaded = data.train
     lines = [
         f"data      {counted(len(loaded.examples), 'row')} ({loaded.format}), {tokens:,} tokens an epoch, "
-        f"{trained:,} ({trained / tokens:.0%}) trained on"
+        f"{trained:,} ({trained / tokens:.0%}) trained on",
+        *_mix_lines(data),
+        *_split_lines(run, data),
     ]
     for split, part in (("train", loaded), ("valid", data.valid)):
         if part is not None:
-            lines += [f"          {split}: {text}" for text in (*part.notes, *part.warnings)]
+            how = (part.how,) if part.how else ()
+            lines += [f"          {split}: {text}" for text in (*how, *part.notes, *part.warnings)]
     if data.num_leaked:
         lines.append(
             f"          warning: {leak_warning('valid', data.num_leaked)}; the validation loss is too good there"
@@ -92,8 +96,34 @@ def _data_lines(data: RunData) -> list[str]:
     return lines
 
 
+def _mix_lines(data: RunData) -> list[str]:
+    """What an epoch draws from each source, where there are several."""
+    training = data.training
+    if len(training.names) == 1:
+        return []
+    total = sum(training.quotas)
+    drawn = [
+        f"{name} {quota:,} of {counted(size, 'row')} ({quota / total:.0%})"
+        for name, size, quota in zip(training.names, training.sizes, training.quotas, strict=True)
+    ]
+    return [f"          an epoch draws: {', '.join(drawn)}"]
+
+
+def _split_lines(run: RunConfig, data: RunData) -> list[str]:
+    """What was held out, or that nothing is measured."""
+    if data.num_held_out:
+        by = {BY_HASH: "by a hash of what they say", BY_ROW: "by chance"}.get(
+            run.data.split_by, f"by a hash of their '{run.data.split_by}'"
+        )
+        return [
+            f"          valid: no file given, so {counted(data.num_held_out, 'row')} of the training files "
+            f"{'is' if data.num_held_out == 1 else 'are'} held out {by}; data.valid_split=0 trains on all"
+        ]
+    return [] if data.valid is not None else ["          valid: none, so nothing is measured while training"]
+
+
 def _training_lines(run: RunConfig, data: RunData, plan: LoopPlan) -> list[str]:
-    train, num_rows = run.train, len(data.train.examples)
+    train, num_rows = run.train, data.rows_per_epoch
     warmup = train.warmup_steps(plan.num_steps)
     lines = [
         f"training  {train.objective}, {counted(plan.num_steps, 'step')} of {counted(train.batch_size, 'row')} "

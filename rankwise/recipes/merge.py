@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +78,11 @@ def stored_dtype(target: Target) -> str:
 
 def find_probes(target: Target, tokenizer: PreTrainedTokenizerBase) -> Probes:
     """Texts to compare on: rows of the run's test, valid or train file; built-in ones where none of them is here."""
-    files = (target.data.test, target.data.valid, target.data.train) if target.data is not None else ()
+    files = (target.data.test, target.data.valid, target.data.train_paths) if target.data is not None else ()
     file = next((file for file in files if file is not None and _is_here(file)), None)
     if target.data is None or file is None:
         return Probes([tokenizer(text)["input_ids"] for text in TEXTS], BUILT_IN)
-    config = dataclasses.replace(target.data, train=file, valid=None, test=None)
-    loaded = load_examples(file, tokenizer, config, target.needs.layout)
+    loaded = load_examples(file, tokenizer, target.data.for_files(file), target.needs.layout)
     examples = loaded.examples[: MAX_PROBE_TOKENS // PROBE_TOKENS_EACH]
     named = file if isinstance(file, str) else file[0]
     return Probes([example.input_ids[:PROBE_TOKENS_EACH] for example in examples], Path(named).name)

@@ -24,7 +24,7 @@ GIT_TIMEOUT_S = 10
 
 def data_hashes(config: DataConfig) -> dict[str, dict[str, str]]:
     """SHA-256 of every file, by split (`train`, `valid`) and path. The `test` files are not read in training."""
-    splits = {"train": config.train, "valid": config.valid}
+    splits = {"train": config.train_paths, "valid": config.valid}
     return {
         name: {path: content_hash(path) for path in expand(value)}
         for name, value in splits.items()

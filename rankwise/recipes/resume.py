@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rankwise import distributed
+from rankwise.data.config import BY_HASH, ERROR, LINE
 from rankwise.errors import RequestError
 from rankwise.recipes.output import RunFolder
 from rankwise.recipes.provenance import joined_hash
@@ -21,6 +22,7 @@ from rankwise.train.state import Checkpoint, drop_newer, find_checkpoint
 FREE = (
     "output", "model.trust_remote_code", "data.test", "train.log_every", "train.evaluate_every",
     "train.save_every", "train.keep_checkpoints", "train.samples", "train.sample_tokens", "train.share_optimizer_from",
+    "data.workers", "data.cache",
 )  # fmt: skip
 """Settings that change nothing in what is learned."""
 
@@ -32,6 +34,13 @@ ROUNDING = (
     PROCESSES,
 )  # fmt: skip
 """Settings that change rounding (and which units dropout takes), not what is computed: allowed, and said."""
+
+BEFORE: dict[str, Any] = {
+    "data.valid_split": 0, "data.split_by": BY_HASH, "data.mixing_temperature": None, "data.text_rows": LINE,
+    "data.sources": [{"weight": None, "epochs": None, "format": None, "columns": None}],
+    "data.on_bad_row": ERROR,
+}  # fmt: skip
+"""What checkpoints of earlier versions, which do not have these settings, did."""
 
 LENGTH = ("train.steps", "train.epochs")
 """Compared by what they did to the steps already taken."""
@@ -46,6 +55,10 @@ def training_settings(run: RunConfig, data: Mapping[str, Mapping[str, str]]) -> 
             if key not in FREE:
                 settings[key] = value
     settings[PROCESSES] = distributed.world_size()
+    settings["data.sources"] = [
+        {"weight": one.weight, "epochs": one.epochs, "format": one.format, "columns": one.columns}
+        for one in run.data.sources
+    ]
     for split in ("train", "valid"):
         settings[f"data.{split}"] = joined_hash(dict(data[split])) if split in data else None
     return settings
@@ -83,7 +96,7 @@ def check_settings(checkpoint: Checkpoint, now: Mapping[str, Any], say: Say) -> 
     """
     before = checkpoint.settings
     for key in [*before, *(key for key in now if key not in before)]:
-        old, new = before.get(key), now.get(key)
+        old, new = before.get(key, BEFORE.get(key)), now.get(key)
         if old == new or key in LENGTH:
             continue
         if key in ROUNDING:

@@ -18,7 +18,7 @@ import yaml
 
 from rankwise.adapters.config import LoraConfig
 from rankwise.config import build, checked_value, to_dict
-from rankwise.data.config import HUB_PREFIX, TEMPLATE_SUFFIX, DataConfig
+from rankwise.data.config import HUB_PREFIX, OFF, TEMPLATE_SUFFIX, DataConfig
 from rankwise.data.formats import FORMATS
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
@@ -102,21 +102,27 @@ class RunConfig:
             )
 
     def _check_evaluation(self) -> None:
-        train, every = self.train, self.train.evaluate_every
-        if self.data.valid is None:
-            if every != AUTO and not train.evaluates_never:
-                raise RequestError(
-                    f"train.evaluate_every ({every}) has no effect without data.valid; give a file, or set it to null"
-                )
-            for name, value, off in (("samples", train.samples, "0"), ("sample_tokens", train.sample_tokens, "null")):
-                if value:
-                    raise RequestError(
-                        f"train.{name} ({value}) has no effect without data.valid; give a file, or set it to {off}"
-                    )
-        elif train.evaluates_never:
+        data, train = self.data, self.train
+        if data.valid is not None and train.evaluates_never:
             raise RequestError(
                 "data.valid has no effect: train.evaluate_every says never; set it to auto, or data.valid to null"
             )
+        if data.valid_split not in (AUTO, 0) and train.evaluates_never:
+            raise RequestError(
+                f"data.valid_split ({data.valid_split}) has no effect: train.evaluate_every says never; set it to "
+                "auto, or data.valid_split to 0"
+            )
+        if data.valid is None and data.valid_split == 0:
+            self.check_not_evaluated("without data.valid")
+
+    def check_not_evaluated(self, why: str) -> None:
+        """Raises: RequestError for settings of an evaluation that there can't be; `why` ends "has no effect ..."."""
+        train, every = self.train, self.train.evaluate_every
+        if every != AUTO and not train.evaluates_never:
+            raise RequestError(f"train.evaluate_every ({every}) has no effect {why}; give a file, or set it to null")
+        for name, value, off in (("samples", train.samples, "0"), ("sample_tokens", train.sample_tokens, "null")):
+            if value:
+                raise RequestError(f"train.{name} ({value}) has no effect {why}; give a file, or set it to {off}")
 
 
 def check_task_type(task_type: str | None, where: str, objective: str) -> None:
@@ -297,6 +303,8 @@ def absolute_paths(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     def absolute(value: Any) -> Any:
         if isinstance(value, list):
             return [absolute(item) for item in value]
+        if isinstance(value, Mapping) and "path" in value:  # a source of training rows
+            return {**value, "path": absolute(value["path"])}
         if not isinstance(value, str) or value.startswith(HUB_PREFIX):
             return value
         return os.path.normpath(folder / Path(value).expanduser())
@@ -307,11 +315,19 @@ def absolute_paths(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         is_path = value.startswith((".", "~", os.sep)) or (folder / value).is_dir()
         return absolute(value) if is_path else value
 
+    def cache(value: Any) -> Any:
+        return value if value in (AUTO, OFF, "") else absolute(value)
+
     def template(value: Any) -> Any:
         return absolute(value) if isinstance(value, str) and value.endswith(TEMPLATE_SUFFIX) else value
 
     places: list[tuple[str, str, Callable[[Any], Any]]] = [("data", name, absolute) for name in DATA_FILES]
-    places += [("data", "chat_template", template), ("adapter", FROM, absolute), ("model", "name", model)]
+    places += [
+        ("data", "cache", cache),
+        ("data", "chat_template", template),
+        ("adapter", FROM, absolute),
+        ("model", "name", model),
+    ]
     result = dict(document)
     for section, name, change in places:
         inside = result.get(section)

@@ -73,10 +73,10 @@ class Target:
 
     def data_config(self, file: str | list[str] | None = None) -> DataConfig:
         """How rows (of `file`) become tokens: the run's own treatment, or the defaults, padded."""
-        config = DataConfig(train=file or "prompts", packing=False) if self.data is None else self.data
+        config = DataConfig(train="prompts", packing=False) if self.data is None else self.data
         if file is not None:
             format = AUTO if config.format == TEXT else config.format  # a run on texts may be asked questions
-            config = dataclasses.replace(config, train=file, valid=None, test=None, format=format)
+            config = config.for_files(file, format)
         return config if self.chat_template is None else dataclasses.replace(config, chat_template=self.chat_template)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from rankwise.data.config import PREFERENCE, DataConfig
-from rankwise.data.example import Loaded
 from rankwise.data.fields import RowError
+from rankwise.data.loaded import Loaded
 from rankwise.data.loader import load_examples
 from rankwise.data.preference_batch import collate_preferences
 from rankwise.data.preferences import both, from_preference

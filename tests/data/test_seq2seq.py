@@ -8,8 +8,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from rankwise.data.config import SEQ2SEQ, DataConfig
-from rankwise.data.example import Example, Loaded
+from rankwise.data.example import Example
 from rankwise.data.fields import ASSISTANT, USER, Turn
+from rankwise.data.loaded import Loaded
 from rankwise.data.loader import load_examples
 from rankwise.data.rows import BadRows
 from rankwise.data.seq2seq import collate_seq2seq

@@ -9,7 +9,6 @@ import pytest
 
 from rankwise.data import loader
 from rankwise.errors import WorkError
-from rankwise.recipes import finetune_data
 from rankwise.recipes.finetune import train
 from tests.recipes.runs import settings
 
@@ -55,14 +54,13 @@ def test_validation_rows_that_are_trained_on_are_said(
     valid = tmp_path / "valid.jsonl"
     valid.write_text("\n".join([*lines[:2], *(files / "valid.jsonl").read_text().splitlines()]) + "\n")
     read: list[str] = []
-    read_rows = loader.read_rows
+    iter_rows = loader.iter_rows
 
     def counting(paths: Any, *given: Any) -> Any:
-        read.append(Path(paths).name)
-        return read_rows(paths, *given)
+        read.extend(Path(path).name for path in ([paths] if isinstance(paths, str) else paths))
+        return iter_rows(paths, *given)
 
-    for module in (loader, finetune_data):
-        monkeypatch.setattr(module, "read_rows", counting)
+    monkeypatch.setattr(loader, "iter_rows", counting)
     summary = train(settings(files, tmp_path / "out", data={"valid": str(valid)}, train=TWO_STEPS))
     [line] = _warnings(capsys.readouterr().err)
     assert line.startswith("warning: valid: 2 rows also in the training files")

@@ -125,7 +125,7 @@ def test_starting_from_an_adapter(tmp_path: Path) -> None:
         ("adapter.layers_to_transform=[1]", ("adapter.layers_to_transform has no effect with target_modules",)),
         ("adapter.task_type=SEQ_CLS", ("adapter.task_type (SEQ_CLS)", "train.objective: sft", "CAUSAL_LM")),
         ("adapter.revision=main", ("adapter.revision (main)", "model.revision")),
-        ("data.valid=null", ("train.evaluate_every (50)", "no effect", "data.valid")),
+        ("data={valid: null, valid_split: 0}", ("train.evaluate_every (50)", "no effect", "data.valid")),
         ("train.evaluate_every=0", ("data.valid has no effect", "train.evaluate_every")),
         ("tasks={rude: 1}", ("tasks", "rude", "not available yet")),
         ("ranks.policy=grow", ("ranks.policy", "grow", "fixed")),
@@ -150,10 +150,13 @@ def test_an_objective_that_the_format_does_not_have(run_file: Path) -> None:
 
 
 def test_samples_need_validation_data(run_file: Path) -> None:
+    none = ["data.valid=null", "data.valid_split=0", "train.evaluate_every=auto"]
     with pytest.raises(RequestError, match=r"train.samples \(2\) has no effect without data.valid"):
-        read_run(run_file, ["data.valid=null", "train.evaluate_every=auto", "train.samples=2"])
+        read_run(run_file, [*none, "train.samples=2"])
     with pytest.raises(RequestError, match=r"train.sample_tokens \(9\) has no effect without data.valid"):
-        read_run(run_file, ["data.valid=null", "train.evaluate_every=auto", "train.sample_tokens=9"])
+        read_run(
+            run_file, ["data.valid=null", "data.valid_split=0", "train.evaluate_every=auto", "train.sample_tokens=9"]
+        )
 
 
 def test_from_as_an_override_replaces_the_section(run_file: Path, tmp_path: Path, monkeypatch) -> None:
