@@ -170,8 +170,8 @@ def speed(rounds: int, out: str | None) -> None:
 def main() -> None:
     """Memory, then speed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3, help="of the memory of each variant; 0: not measured")
+    parser.add_argument("--rounds", type=int, default=10, help="of timing; 0: not timed")
     parser.add_argument("--out")
     parser.add_argument("--one", choices=VARIANTS, help="measure the memory of one variant in this process")
     options = parser.parse_args()
@@ -181,8 +181,10 @@ def main() -> None:
             found = measure_memory(options.one)
         print(json.dumps(found))
         return
-    memory(options.repeats, options.out)
-    speed(options.rounds, options.out)
+    if options.repeats:
+        memory(options.repeats, options.out)
+    if options.rounds:
+        speed(options.rounds, options.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314, section 3)
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import platform
+import sys
 from typing import Any
 
 import torch
@@ -117,3 +120,13 @@ def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
             own = torch.float32 if kept.intersection(name.split(".")) else dtype
             parameter.data = parameter.data.to(own, copy=parameter.device.type == "cpu")
     model.config.dtype = dtype
+    give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Returns freed memory to the system, where the C library is glibc, which keeps what loading threads have freed.
+
+    Of the demo's model in 4 bits (125 MiB) up to 290 MiB more stayed resident without it.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

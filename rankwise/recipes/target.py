@@ -23,7 +23,7 @@ from rankwise.recipes.output import RUN_FILE
 from rankwise.recipes.run import read_run
 from rankwise.train.needs import NEEDS, Needs
 from rankwise.train.precision import choose_precision
-from rankwise.train.state import ADAPTER
+from rankwise.train.state import ADAPTER, CHECKPOINTS
 
 MODEL_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
@@ -152,21 +152,34 @@ def _near(path: Path) -> str:
 
 
 def _run_target(name: str, folder: Path, base: str | None, device: str) -> Target:
-    run = read_run(folder / RUN_FILE)
     adapter = folder / ADAPTER
     if not (adapter / CONFIG_FILE).is_file():
         raise RequestError(
             f"the run '{name}' has no adapter yet; finish it with `rankwise train {folder / RUN_FILE} --resume`"
         )
+    return _with_run(name, "run", folder / RUN_FILE, adapter, base, device)
+
+
+def _with_run(name: str, kind: str, run_file: Path, adapter: Path, base: str | None, device: str) -> Target:
+    """An adapter with the base and the data treatment of the run that it is of."""
+    run = read_run(run_file)
     model = dataclasses.replace(run.model, device=device) if base is None else ModelConfig(base, device)
-    return Target(name, "run", model, adapter, run.data, trained_for=run.train.objective)
+    return Target(name, kind, model, adapter, run.data, trained_for=run.train.objective)
+
+
+def _run_file_above(adapter: Path) -> Path | None:
+    """The run file of the run whose result, or a checkpoint of which, an adapter's folder is."""
+    above = adapter.absolute().parents
+    if adapter.absolute().name != ADAPTER:
+        return None
+    run = above[2] if len(above) > 2 and above[1].name == CHECKPOINTS else above[0]
+    return run / RUN_FILE if (run / RUN_FILE).is_file() else None
 
 
 def _adapter_target(name: str, folder: Path, base: str | None, device: str) -> Target:
-    """An adapter folder; inside a run's folder it has the run's base and data treatment."""
-    run_file = folder.absolute().parent / RUN_FILE
-    if folder.absolute().name == ADAPTER and run_file.is_file():
-        return dataclasses.replace(_run_target(name, run_file.parent, base, device), kind="adapter", adapter=folder)
+    """An adapter folder; inside a run's folder, its checkpoints' too, it has the run's base and data treatment."""
+    if (run_file := _run_file_above(folder)) is not None:
+        return _with_run(name, "adapter", run_file, folder, base, device)
     config = read_config(folder)
     if base is not None:
         return Target(name, "adapter", ModelConfig(base, device), folder, task_type=config.task_type)

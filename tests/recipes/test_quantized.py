@@ -123,6 +123,15 @@ def test_merged_is_a_plain_folder_that_answers_the_same(run: Path, tmp_path: Pat
 
 
 @every
+def test_a_checkpoints_adapter_has_the_base_of_its_run(files: Path, tmp_path: Path, kind: str) -> None:
+    with pytest.raises(Interrupted):
+        train(in_bits(files, tmp_path / "out", kind), on_step=interrupting(3), quiet=True)
+    target = find_target(str(tmp_path / "out" / "checkpoints" / "step-3" / "adapter"), device="cpu")
+    assert (target.kind, target.model.quantization) == ("adapter", kind) and target.data is not None
+    assert quantized.storage_in(open_target(target).model) == BITS[kind]
+
+
+@every
 def test_going_on_with_another_storage_is_refused(files: Path, tmp_path: Path, kind: str) -> None:
     run = in_bits(files, tmp_path / "out", kind)
     with pytest.raises(Interrupted):
