@@ -7,9 +7,11 @@ and the model stays as it was.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Container, Iterable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,17 +137,45 @@ def read_config(folder: Path_) -> LoraConfig:
 
     Raises: RequestError when there is none, or it is not one that can be read.
     """
-    path = Path(folder) / peft_format.CONFIG_FILE
-    if not path.is_file():
+    text = _text(folder, peft_format.CONFIG_FILE)
+    if text is None:
         reason = "is not a folder" if not Path(folder).is_dir() else f"has no {peft_format.CONFIG_FILE}"
         raise RequestError(f"'{folder}' is not an adapter: it {reason}")
+    config = _config(text, str(folder))
+    own = copy(config)  # with lists of the caller's own: what is remembered must not change with them
+    for name, value in vars(config).items():
+        if type(value) in (list, dict):
+            object.__setattr__(own, name, copy(value))
+    return own
+
+
+@functools.lru_cache(maxsize=8)
+def _config(text: str, folder: str) -> LoraConfig:
+    """Remembered, since an adapter that is swapped back and forth says the same each time."""
+    fields = _json_object(text, Path(folder) / peft_format.CONFIG_FILE)
+    return peft_format.config_from_peft(fields, folder)
+
+
+def _text(folder: Path_, name: str) -> str | None:
+    """The content of a file of the folder, None where there is none. Raises: RequestError when it can't be read."""
+    path = os.path.join(folder, name)  # noqa: PTH118 (pathlib takes ten times as long)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (ValueError, OSError) as error:
         raise RequestError(f"'{path}' can't be read: {error}") from None
-    if not isinstance(fields, dict):
-        raise RequestError(f"'{path}' must hold a JSON object, not {type(fields).__name__}")
-    return peft_format.config_from_peft(fields, str(folder))
+
+
+def _json_object(text: str, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise RequestError(f"'{path}' can't be read: {error}") from None
+    if not isinstance(content, dict):
+        raise RequestError(f"'{path}' must hold a JSON object, not {type(content).__name__}")
+    return content
 
 
 def read_head(folder: Path_) -> dict[str, Any] | None:
@@ -153,16 +183,8 @@ def read_head(folder: Path_) -> dict[str, Any] | None:
 
     Raises: RequestError for one that can't be read.
     """
-    path = Path(folder) / HEAD_FILE
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise RequestError(f"'{path}' can't be read: {error}") from None
-    if not isinstance(content, dict):
-        raise RequestError(f"'{path}' must hold a JSON object, not {type(content).__name__}")
-    return content
+    text = _text(folder, HEAD_FILE)
+    return None if text is None else _json_object(text, Path(folder) / HEAD_FILE)
 
 
 def read_tensors(folder: Path_) -> dict[str, Tensor]:

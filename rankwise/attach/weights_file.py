@@ -8,17 +8,18 @@ adapter of 84 layers is one mapping here, and a look for nan and infinity one su
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from rankwise.errors import RequestError
 
@@ -55,6 +56,23 @@ class Weights:
         return None
 
 
+class _Entry(NamedTuple):
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class _Header(NamedTuple):
+    """Tensors by their place in the data, their shapes as tensors without data, and how many bytes they are."""
+
+    entries: list[_Entry]
+    shapes: list[Tensor]
+    has_one_dtype: bool
+    num_bytes: int
+
+
 class _Torn(Exception):  # noqa: N818 (the reason only: the caller adds the file's name)
     """What is wrong with a file."""
 
@@ -65,26 +83,45 @@ def read_weights(path: Path) -> Weights:
     Raises: RequestError for a file that is torn, not of this format, or can't be read.
     """
     try:
-        header, data = _parts(path)
-        return _tensors(header, data)
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LONGEST_HEADER_BYTES):
+                raise _Torn("its header is cut off")
+            header = file.read(length)
+        known = _entries(header)
+        # mapped privately: a write to the tensors does not reach the file
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+        if known.num_bytes != len(data):
+            raise _Torn(f"it has {len(data)} bytes of data where its header speaks of {known.num_bytes}")
     except (_Torn, OSError) as error:
         raise RequestError(f"'{path}' is torn or not a safetensors file: {error}") from None
+    return _tensors(known, data)
 
 
-def _parts(path: Path) -> tuple[dict[str, Any], UInt8[Tensor, " bytes"]]:
-    """The header, and the data, mapped from the file (privately: a write to the tensors does not reach it)."""
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, LONGEST_HEADER_BYTES):
-            raise _Torn("its header is cut off")
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=_once)
-        except (ValueError, RecursionError):
-            raise _Torn("its header is not JSON") from None
-    if not isinstance(header, dict):
+@functools.lru_cache(maxsize=8)
+def _entries(header: bytes) -> _Header:
+    """What a file's header says.
+
+    Adapters that are swapped for each other have the same header, so it is understood and checked once.
+
+    Raises: _Torn for a header that is not JSON, or that says what can't be.
+    """
+    try:
+        found = json.loads(header, object_pairs_hook=_once)
+    except (ValueError, RecursionError):
+        raise _Torn("its header is not JSON") from None
+    if not isinstance(found, dict):
         raise _Torn("its header is no JSON object")
-    return header, torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+    entries = [_entry(name, entry) for name, entry in found.items() if name != "__metadata__"]
+    entries.sort(key=lambda entry: entry.begin)
+    place = 0
+    for entry in entries:
+        if entry.begin != place:
+            raise _Torn(f"the data of '{entry.name}' does not begin where that before it ends")
+        place = entry.end
+    shapes = [torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in entries]
+    return _Header(entries, shapes, len({entry.dtype for entry in entries}) == 1, place)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -95,43 +132,31 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _tensors(header: Mapping[str, Any], data: UInt8[Tensor, " bytes"]) -> Weights:
-    entries = [(name, *_entry(name, entry)) for name, entry in header.items() if name != "__metadata__"]
-    entries.sort(key=lambda entry: entry[3])
-    place = 0
-    for name, _, _, begin, end in entries:
-        if begin != place:
-            raise _Torn(f"the data of '{name}' does not begin where that before it ends")
-        place = end
-    if place != len(data):
-        raise _Torn(f"it has {len(data)} bytes of data where its header speaks of {place}")
-    dtypes = {dtype for _, dtype, *_ in entries}
-    if len(dtypes) == 1:
-        dtype = dtypes.pop()
-        flat = data.view(dtype)
-        parts = flat.split([(end - begin) // dtype.itemsize for *_, begin, end in entries])
-        return Weights({entry[0]: part.view(entry[2]) for entry, part in zip(entries, parts, strict=True)}, flat)
-    return Weights(
-        {name: _cut(data, dtype, begin, end).view(shape) for name, dtype, shape, begin, end in entries}, None
-    )
+def _tensors(header: _Header, data: UInt8[Tensor, " bytes"]) -> Weights:
+    entries = header.entries
+    if header.has_one_dtype:
+        flat = data.view(entries[0].dtype)
+        # all views in one call: made one by one they cost as much as copying the adapter
+        parts = _unflatten_dense_tensors(flat, header.shapes)
+        return Weights({entry.name: part for entry, part in zip(entries, parts, strict=True)}, flat)
+    return Weights({entry.name: _cut(data, entry) for entry in entries}, None)
 
 
-def _entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
-    """dtype, shape and offsets of a header's entry. Raises: _Torn for one that says what can't be."""
-    wrong = _Torn(f"the header's entry for '{name}' can't be")
+def _entry(name: str, entry: Any) -> _Entry:
+    """What a header says of a tensor. Raises: _Torn where it can't be."""
     try:
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         fits = type(shape) is list and end - begin == math.prod(shape) * dtype.itemsize
         for size in (*shape, begin, end):
             fits = fits and type(size) is int and size >= 0
     except (KeyError, TypeError, ValueError):
-        raise wrong from None
+        raise _Torn(f"the header's entry for '{name}' can't be") from None
     if not fits:
-        raise wrong
-    return dtype, shape, begin, end
+        raise _Torn(f"the header's entry for '{name}' can't be")
+    return _Entry(name, dtype, tuple(shape), begin, end)
 
 
-def _cut(data: UInt8[Tensor, " bytes"], dtype: torch.dtype, begin: int, end: int) -> Tensor:
+def _cut(data: UInt8[Tensor, " bytes"], entry: _Entry) -> Tensor:
     """The values that lie in these bytes; a copy of them where they are not aligned."""
-    part = data[begin:end]
-    return (part if begin % dtype.itemsize == 0 else part.clone()).view(dtype)
+    part = data[entry.begin : entry.end]
+    return (part if entry.begin % entry.dtype.itemsize == 0 else part.clone()).view(entry.dtype).view(entry.shape)
