@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 TOLERANCE = 0.02
@@ -59,11 +59,15 @@ def kept_entries(count: int, rule: KeepRule, device: torch.device) -> Int64[Tens
     return kept
 
 
-def only_kept(x: Float[Tensor, "N n"], kept: Int64[Tensor, " words"]) -> Float[Tensor, "N n"]:
-    """A copy of `x` with zeros in the places that are not kept. Nothing is scaled."""
-    integer = INTEGERS[x.element_size()]
-    width = 8 * x.element_size()
-    places = torch.arange(width - 1, -1, -1, dtype=integer, device=x.device)[:, None]
-    spread = (kept.view(integer) << places).bitwise_right_shift_(width - 1)  # the sign bit fills the integer
-    mask = spread.flatten()[: x.numel()].view(x.shape)
-    return (x.view(integer) & mask).view(x.dtype)
+def spread(kept: Int64[Tensor, " words"], like: Float[Tensor, "N n"]) -> Int[Tensor, "N n"]:
+    """The mask as integers as wide as the numbers of `like`: all ones where an entry is kept, all zeros elsewhere."""
+    integer = INTEGERS[like.element_size()]
+    width = 8 * like.element_size()
+    places = torch.arange(width - 1, -1, -1, dtype=integer, device=like.device)[:, None]
+    ones = (kept.view(integer) << places).bitwise_right_shift_(width - 1)  # the sign bit fills the integer
+    return ones.flatten()[: like.numel()].view(like.shape)
+
+
+def masked(x: Float[Tensor, "N n"], mask: Int[Tensor, "N n"]) -> Float[Tensor, "N n"]:
+    """A copy of `x` with zeros where the mask has them. Nothing is scaled."""
+    return (x.view(mask.dtype) & mask).view(x.dtype)

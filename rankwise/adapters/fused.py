@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rankwise.adapters.dropout import KeepRule, kept_entries, only_kept
+from rankwise.adapters.dropout import KeepRule, kept_entries, masked, spread
 from rankwise.adapters.sharing import Derived
 from rankwise.quantized import dense_weight
 
@@ -108,12 +108,13 @@ class LoraLinear(torch.autograd.Function):
         need_x, need_other, _, need_bias, need_A, need_B, _ = ctx.needs_input_grad
         grad_x = grad_other = grad_A = grad_B = None
         read = _read(x, other)
+        mask = None if kept is None else spread(kept, x)
         if need_B:
-            h = _down(read, kept, down) if h is None else h
+            h = F.linear(read, down) if h is None else h  # None only where the sum was formed
             grad_B = (h.T @ grad).T.to(ctx.dtypes[1], memory_format=torch.contiguous_format).mul(ctx.scale)
         grad_h = grad @ up
         if need_A:
-            dropped = read if kept is None else only_kept(read, kept)
+            dropped = read if mask is None else masked(read, mask)
             grad_A = (grad_h.T @ dropped).to(ctx.dtypes[0]).mul_(ctx.scale)
             del dropped
         del read
@@ -121,10 +122,10 @@ class LoraLinear(torch.autograd.Function):
             dense = _dense(weight, ctx.stored, grad)
             if ctx.formed:
                 grad_x = grad @ torch.addmm(dense, up, down, alpha=ctx.scale)
-            elif kept is None:
+            elif mask is None:
                 grad_x = (grad @ dense).addmm_(grad_h, down, alpha=ctx.scale)
             else:
-                grad_x = (grad @ dense).add_(only_kept(grad_h @ down, kept), alpha=ctx.scale)
+                grad_x = (grad @ dense).add_(masked(grad_h @ down, mask), alpha=ctx.scale)
             if other is not None:
                 grad_other = grad_x * F.silu(x)
                 grad_x = torch.ops.aten.silu_backward(grad_x.mul_(other), x)
@@ -139,7 +140,7 @@ def _read(x: Float[Tensor, "N n"], other: Float[Tensor, "N n"] | None) -> Float[
 
 
 def _down(read: Float[Tensor, "N n"], kept: Tensor | None, down: Float[Tensor, "r n"]) -> Float[Tensor, "N r"]:
-    return F.linear(read if kept is None else only_kept(read, kept), down)
+    return F.linear(read if kept is None else masked(read, spread(kept, read)), down)
 
 
 def _dense(weight: Tensor | None, stored: nn.Module | None, like: Tensor) -> Float[Tensor, "o n"]:

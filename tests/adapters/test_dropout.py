@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rankwise.adapters.dropout import KeepRule, keep_rule, kept_entries, only_kept
+from rankwise.adapters.dropout import KeepRule, keep_rule, kept_entries, masked, spread
 
 CPU = torch.device("cpu")
 
 
 def bits(kept: torch.Tensor, count: int) -> torch.Tensor:
-    return only_kept(torch.ones(1, count), kept)[0].bool()
+    return spread(kept, torch.ones(1, count))[0].bool()
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_entries_are_independent():
 def test_zeros_and_the_very_entries(dtype, shape):
     x = torch.randn(shape).to(dtype) + 3
     kept = kept_entries(x.numel(), keep_rule(0.5), CPU)
-    dropped = only_kept(x, kept)
+    dropped = masked(x, spread(kept, x))
     assert dropped.shape == x.shape and dropped.dtype == dtype
     assert bool(((dropped == x) | (dropped == 0)).all())
-    assert torch.equal(dropped, only_kept(x, kept))
+    assert torch.equal(dropped, masked(x, spread(kept, x)))
     strided = torch.stack([x, x], -1)[..., 0]
-    assert torch.equal(only_kept(strided, kept), dropped)
+    assert torch.equal(masked(strided, spread(kept, strided)), dropped)
 
 
 def test_a_mask_costs_a_bit_an_entry():

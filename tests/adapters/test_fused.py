@@ -9,7 +9,7 @@ from torch import nn
 
 from rankwise.adapters import fused
 from rankwise.adapters.config import LoraConfig
-from rankwise.adapters.dropout import keep_rule, kept_entries, only_kept
+from rankwise.adapters.dropout import keep_rule, kept_entries, spread
 from rankwise.adapters.fused import Factors, lora_linear
 from rankwise.attach.inject import attach
 from tests import tiny
@@ -86,7 +86,7 @@ def test_dropout_is_the_formula_with_its_own_mask(monkeypatch, dtype):
     monkeypatch.setattr(fused, "kept_entries", lambda count, rule, device: kept)
     mine = linear(*arguments, 1.7, dropout=0.3)
     x, W, b, A, B = wide
-    dropped = x * only_kept(torch.ones(15, 7, dtype=dtype), kept).double().view(x.shape) / rule.probability
+    dropped = x * spread(kept, torch.ones(15, 7, dtype=dtype)).bool().double().view(x.shape) / rule.probability
     theirs = F.linear(x, W, b) + 1.7 * F.linear(F.linear(dropped, A), B)
     grad = torch.randn_like(theirs).to(dtype)
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]

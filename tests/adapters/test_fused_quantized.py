@@ -9,7 +9,7 @@ from torch import nn
 
 from rankwise import quantized
 from rankwise.adapters.config import LoraConfig
-from rankwise.adapters.dropout import keep_rule, kept_entries, only_kept
+from rankwise.adapters.dropout import keep_rule, kept_entries, spread
 from rankwise.adapters.fused import Factors, lora_linear
 from rankwise.attach.inject import adapter_layers, attach
 from tests import bits, tiny
@@ -71,7 +71,7 @@ def test_dropout(storage):
     y = fused(base, *mine, dropout=0.25)
     torch.manual_seed(3)
     mask = kept_entries(mine[0].numel(), rule, torch.device("cpu"))
-    ones = only_kept(torch.ones(15, 64), mask).view(3, 5, 64) / rule.probability
+    ones = spread(mask, torch.ones(15, 64)).bool().view(3, 5, 64) / rule.probability
     wanted = formula(base, *theirs, kept=lambda x: x * ones)
     assert relative(y, wanted) < 1e-5
     y.square().sum().backward()
