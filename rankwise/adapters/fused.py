@@ -127,7 +127,7 @@ class LoraLinear(torch.autograd.Function):
             else:
                 grad_x = (grad @ dense).add_(masked(grad_h @ down, mask), alpha=ctx.scale)
             if other is not None:
-                grad_other = grad_x * F.silu(x)
+                grad_other = F.silu(x).mul_(grad_x)
                 grad_x = torch.ops.aten.silu_backward(grad_x.mul_(other), x)
         for held in ctx.derived:
             held.drop()
