@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from rankwise.evaluate.progress import progress_bar
 from rankwise.evaluate.rounds import rounds
 
 
+@runtime_checkable
 class Meter(Protocol):
     """Figures that are measured beside the losses."""
 
@@ -31,6 +32,7 @@ class Meter(Protocol):
         ...
 
 
+@runtime_checkable
 class Measured(Protocol):
     """What is measured: `rankwise.train.objective.Objective` is one."""
 

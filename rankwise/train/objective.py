@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from rankwise.data.example import Example
 from rankwise.train.needs import Needs
 
 
+@runtime_checkable
 class MicroBatch(Protocol):
     """What the loop asks of a batch, whatever is in it (`rankwise.models.batch.Batch` is one)."""
 
