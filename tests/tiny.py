@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 CHATML = (
@@ -226,3 +226,32 @@ SEQ2SEQ_LMS: dict[str, Callable[[], PreTrainedModel]] = {
 def token_ids(rows: int = 2, length: int = 11, seed: int = 0) -> torch.Tensor:
     """Random byte tokens, [rows, length]."""
     return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """BERT's kind: lower case, word pieces (each letter, a few words, `##s` and `##letter`), [CLS] and [SEP] around."""
+    letters = [chr(ord("a") + i) for i in range(26)] + list("0123456789.,!?'-")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    pieces += ["ada", "smile", "good", "bad", "film", "the"]
+    tokenizer = Tokenizer(
+        models.WordPiece(vocab={piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")  # type: ignore[arg-type]
+    )
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]", model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+def encoder(dropout: float = 0.0, **more: object) -> PreTrainedModel:
+    """A BERT for `word_tokenizer`."""
+    changes = dict(
+        vocab_size=len(word_tokenizer()), pad_token_id=0, max_position_embeddings=64, hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout, initializer_range=0.2, **more,
+    )  # fmt: skip
+    return _seeded(lambda: transformers.BertModel(transformers.BertConfig(**{**_BERT, **changes})))

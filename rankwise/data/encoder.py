@@ -33,7 +33,9 @@ from rankwise.models.batch import IGNORED
 
 @dataclass
 class Counts:
-    """Rows read, cut, emptied, with a token across the answer's beginning, another prompt, special tokens."""
+    """Rows read, cut, emptied, with a token across the answer's beginning, another prompt, special tokens; and words
+    whose tag is not learned, because they are cut off or have no token.
+    """
 
     rows: int = 0
     truncated: int = 0
@@ -41,11 +43,12 @@ class Counts:
     merged: int = 0
     apart: int = 0
     special: int = 0
+    words: int = 0
 
     def add(self, other: Counts) -> None:
         """Adds another count's figures to these."""
         total = [a + b for a, b in zip(astuple(self), astuple(other), strict=True)]
-        self.rows, self.truncated, self.emptied, self.merged, self.apart, self.special = total
+        self.rows, self.truncated, self.emptied, self.merged, self.apart, self.special, self.words = total
 
 
 @dataclass

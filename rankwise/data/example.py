@@ -24,7 +24,11 @@ class Example:
         source: what the baseline `copy` answers: `prompt_text` without the file's shared instruction.
         file, line: where the row stands.
         parts: lengths of the sequences that lie end to end in `input_ids`, where the objective's layout has several
-            (question and answer; chosen and rejected); empty: it is one sequence. Each has at most `max_length` tokens.
+            (question and answer; chosen and rejected; anchor, positive and negatives); empty: it is one sequence. Each
+            has at most `max_length` tokens.
+        targets: what a head is to say, in place of labels: a class, or 0 or 1 for each class, or a class for each token
+            or IGNORED; of texts to be compared 0, the place of the right one among the row's own candidates.
+        token_type_ids: which of two texts a token belongs to, for models that read it; else empty.
     """
 
     input_ids: tuple[int, ...]
@@ -38,6 +42,8 @@ class Example:
     file: str = ""
     line: int = 0
     parts: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
+    token_type_ids: tuple[int, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -46,5 +52,7 @@ class Example:
 
     @property
     def num_trained(self) -> int:
-        """Labels that an earlier token predicts: the first position's does not count."""
+        """Targets, or labels that an earlier token predicts: the first position's does not count."""
+        if self.targets:
+            return sum(target != IGNORED for target in self.targets)
         return sum(label != IGNORED for label in islice(self.labels, 1, None))

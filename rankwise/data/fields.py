@@ -14,8 +14,10 @@ __all__ = ["ASSISTANT", "SYSTEM", "TEXT", "TOOL", "TOOLS", "USER", "Call", "RowE
 SYSTEM, USER, ASSISTANT, TEXT = "system", "user", "assistant", "text"
 TOOL, TOOLS = "tool", "tools"
 """The result of a call; and the tools that may be called, their schemas as JSON, in front of all turns."""
-
+LABEL, WORD, TAG = "label", "word", "tag"
+ANCHOR, POSITIVE, NEGATIVE = "anchor", "positive", "negative"
 ANSWERS, TEXTS, PREFERENCES = "answers", "whole texts", "preference pairs"
+LABELLED, TAGGED, PAIRED = "texts with labels", "words with tags", "pairs of texts"
 """Kinds of rows, as messages call them; an objective trains on one kind."""
 
 
@@ -30,7 +32,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. `role`: system, user, assistant, or tool; text, for a row that is text and nothing else; or tools.
+    """One message, or one part of a row. `role`: system, user, assistant, or tool; text, for a row that is text and
+    nothing else; or tools; or label, word, tag, anchor, positive, negative (see `rankwise.data.label_formats`).
 
     Args:
         content: the text; of the role tools, their schemas as JSON.

@@ -18,6 +18,7 @@ from rankwise.data.config import DataConfig
 from rankwise.data.sources import content_hash
 from rankwise.data.store import FORMAT
 from rankwise.files import sha256_bytes, sha256_file
+from rankwise.models.labels import Labels
 
 WITHOUT_EFFECT = (
     "train", "valid", "test", "packing", "workers", "cache", "valid_split", "split_by", "mixing_temperature",
@@ -26,9 +27,13 @@ WITHOUT_EFFECT = (
 
 
 def fingerprint(
-    files: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig, layout: str
+    files: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    layout: str,
+    labels: Labels | None = None,
 ) -> dict[str, Any]:
-    """As JSON's values. `files`: as `expand` gives them; `layout`: how the objective lays rows out.
+    """As JSON's values. `files`: as `expand` gives them; `layout`: how the objective lays rows out, with what `labels`.
 
     Raises: RequestError when a template or a file can't be read.
     """
@@ -42,6 +47,7 @@ def fingerprint(
         "settings": settings,
         "group": config.group_column,
         "layout": layout,
+        "labels": None if labels is None else [list(labels.names), labels.is_multi],
         "template": template,
         "tokenizer": _tokenizer(tokenizer),
     }

@@ -9,6 +9,7 @@
 | sharegpt | `conversations`: list of `from` and `value`; may have `system`, `tools` |
 | preference | `chosen`, `rejected` and mostly `prompt`: see `rankwise.data.preferences` |
 | translation | `translation`: one text in each of two languages, of which the first is translated into the second |
+| label, labels, tags, pairs | rows of classifiers and of embeddings: see `rankwise.data.label_formats` |
 
 A row that does not fit its format raises `RowError`, which says what is wrong with it. To add a format: a function
 and a line in `FORMATS`.
@@ -24,8 +25,11 @@ from rankwise.data.chat import SHAREGPT_KEYS, check_order, conversation, declare
 from rankwise.data.fields import (
     ANSWERS,
     ASSISTANT,
+    LABELLED,
+    PAIRED,
     PREFERENCES,
     SYSTEM,
+    TAGGED,
     TEXT,
     TEXTS,
     TOOLS,
@@ -38,6 +42,7 @@ from rankwise.data.fields import (
     string,
     type_name,
 )
+from rankwise.data.label_formats import from_label, from_labels, from_pairs, from_tags
 from rankwise.data.preferences import from_preference
 from rankwise.errors import RequestError, counted
 
@@ -46,8 +51,8 @@ from rankwise.errors import RequestError, counted
 class Format:
     """How rows of one format are recognised and read.
 
-    `keys`: the fields that every row has; `not_with`: fields whose presence means that it is some other format;
-    `rows`: what kind of row it is.
+    `keys`: the fields that every row has, `a|b` for either name; `not_with`: fields whose presence means that it is
+    some other format; `rows`: what kind of row it is.
     """
 
     keys: tuple[str, ...]
@@ -64,7 +69,13 @@ class Format:
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has this format's fields, whatever their values."""
-        return all(key in row for key in self.keys) and not any(key in row for key in self.not_with)
+        has_all = all(any(name in row for name in key.split("|")) for key in self.keys)
+        return has_all and not any(key in row for key in self.not_with)
+
+    @property
+    def shown_keys(self) -> str:
+        """The keys in words."""
+        return " and ".join(key.replace("|", " or ") for key in self.keys)
 
 
 def from_messages(row: Mapping[str, Any]) -> Turns:
@@ -149,11 +160,10 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(("conversations",), from_sharegpt, optional=("system", "tools")),
     "translation": Format(("translation",), from_translation),
     "preference": Format(("chosen", "rejected"), from_preference, rows=PREFERENCES),
-}
-
-_LATER: dict[tuple[str, ...], str] = {
-    ("label",): "they look like rows with labels, which are not read yet",
-    ("labels",): "they look like rows with labels, which are not read yet",
+    "label": Format(("text|sentence1", "label"), from_label, rows=LABELLED),
+    "labels": Format(("text|sentence1", "labels"), from_labels, rows=LABELLED),
+    "tags": Format(("words|tokens", "tags|ner_tags"), from_tags, rows=TAGGED),
+    "pairs": Format(("anchor|query", "positive"), from_pairs, rows=PAIRED),
 }
 
 
@@ -171,7 +181,7 @@ def detect(rows: Sequence[tuple[int, Mapping[str, Any]]], file: str, is_start: b
     found = [name for name, count in counts.items() if 2 * count >= len(rows)]
     if len(found) == 1:
         name = found[0]
-        keys = " and ".join(FORMATS[name].keys)
+        keys = FORMATS[name].shown_keys
         total = f"{'the first ' if is_start else ''}{counted(len(rows), 'row')}"
         return name, f"{counts[name]:,} of {total} {'has' if len(rows) == 1 else 'have'} {keys}"
     if found:
@@ -181,10 +191,8 @@ def detect(rows: Sequence[tuple[int, Mapping[str, Any]]], file: str, is_start: b
             f"'{file}' fits several formats: {fit}; line {line} has {keys}; set data.format to the one meant"
         )
     line, keys = _shown(rows[0])
-    known = ", ".join(f"{name} ({' and '.join(form.keys)})" for name, form in FORMATS.items())
-    later = next((text for marks, text in _LATER.items() if all(mark in rows[0][1] for mark in marks)), None)
-    hint = f": {later}" if later else ""
-    raise RequestError(f"no format fits the rows of '{file}': line {line} has {keys}{hint}; known formats: {known}")
+    known = ", ".join(f"{name} ({form.shown_keys})" for name, form in FORMATS.items())
+    raise RequestError(f"no format fits the rows of '{file}': line {line} has {keys}; known formats: {known}")
 
 
 def _shown(pair: tuple[int, Mapping[str, Any]]) -> tuple[int, str]:

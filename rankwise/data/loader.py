@@ -26,6 +26,7 @@ from rankwise.data.rows import BadRows, Findings, Problem, Row, expand, iter_row
 from rankwise.data.store import Examples, Store, StoreWriter
 from rankwise.data.workers import Encoding, encoded_chunks, num_workers
 from rankwise.errors import RequestError, WriteError, counted
+from rankwise.models.labels import Labels
 
 Check = Callable[[str, str], None]
 """Takes the formats found so far and why; raises what is wrong with them."""
@@ -46,6 +47,7 @@ def load_examples(
     layout: str = WHOLE,
     say: Say = to_stderr,
     check: Check | None = None,
+    labels: Labels | None = None,
 ) -> Loaded:
     """Reads files into examples, in the order of the files and their lines.
 
@@ -53,14 +55,15 @@ def load_examples(
         paths: of the files, as in the run file.
         tokenizer: a fast one.
         config: how they are read; its own `train`, `valid` and `test` do not count.
-        layout: a key of `rankwise.data.layouts.LAYOUTS`.
+        layout: a key of `rankwise.data.layouts.LAYOUTS`, or one of `rankwise.data.head_encoder.HEAD_LAYOUTS`.
         say: takes what happened to the cache, a line at a time.
         check: called with the formats found and why as soon as a file's is known, before its rows are encoded.
+        labels: of the training rows, for a layout with classes: any other one is a problem of its row.
 
     Raises: BadRows with every row that can't be used; RequestError for files that can't be read, a format that can't
         be told, a template that can't be used, or when no row has a trained token; WorkError when the disk is full.
     """
-    loaded, problems = accepted(*load_split(paths, tokenizer, config, layout, say, check), config.on_bad_row)
+    loaded, problems = accepted(*load_split(paths, tokenizer, config, layout, say, check, labels), config.on_bad_row)
     if problems:
         raise BadRows(problems)
     check_any(loaded, paths, config)
@@ -95,6 +98,7 @@ def load_split(
     layout: str = WHOLE,
     say: Say = to_stderr,
     check: Check | None = None,
+    labels: Labels | None = None,
 ) -> tuple[Loaded, list[Problem]]:
     """As `load_examples`, with the rows that can't be used beside the examples of the others; these raise nothing.
 
@@ -106,7 +110,7 @@ def load_split(
     root = cache_folder(config.cache, data_bytes)
 
     def build(folder: Path) -> dict[str, Any]:
-        return _written(folder, _Rows(paths, config, check), Encoding(tokenizer, config, layout), workers)
+        return _written(folder, _Rows(paths, config, check), Encoding(tokenizer, config, layout, labels), workers)
 
     began = time.perf_counter()
     if root is None:
@@ -116,7 +120,7 @@ def load_split(
             except OSError as error:
                 raise WriteError(name, error.strerror or str(error)) from error
             return _opened(Path(name), content, config, "")
-    with entry(root, fingerprint(files, tokenizer, config, layout), build, say) as found:
+    with entry(root, fingerprint(files, tokenizer, config, layout, labels), build, say) as found:
         how = f"read from the cache in '{found.folder}'"
         if found.was_there and check is not None:
             check(found.content["format"], found.content["why"])
@@ -205,4 +209,8 @@ def _warnings(counts: Counts, config: DataConfig) -> tuple[str, ...]:
         "with a prompt that is tokenised otherwise alone than in front of its answer": counts.apart,
         "with special tokens of the tokenizer written in the text; they are read as those tokens": counts.special,
     }
-    return tuple(f"{counted(count, 'row')} {text}" for text, count in texts.items() if count)
+    words = f"{counted(counts.words, 'word')} whose tag is not learned: beyond {length}, or without a token"
+    return (
+        *(f"{counted(count, 'row')} {text}" for text, count in texts.items() if count),
+        *([words] if counts.words else []),
+    )

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.config import SKIP, WHOLE, DataConfig
 from rankwise.data.example import Example
+from rankwise.data.head_encoder import HEAD_LAYOUTS, HEAD_ROWS
+from rankwise.data.labels import Survey, imbalance_warning, labels_of, survey, survey_training
 from rankwise.data.loaded import Loaded, leak_warning, num_duplicates, num_leaked
 from rankwise.data.loader import accepted, load_split, to_stderr
 from rankwise.data.rows import Problem, tolerated
@@ -34,8 +36,12 @@ def preview(
 
     Raises: RequestError for files that can't be read, a format that can't be told, or an unusable template.
     """
-    loaded, problems = _load(config, tokenizer, layout)
+    surveys = _surveys(config)
+    loaded, problems = _load(config, tokenizer, layout, surveys)
     splits = {name: _split(found) for name, found in loaded.items()}
+    for name, found in surveys.items():
+        if found.counts:
+            splits[name]["labels"] = found.counts
     train = loaded["train"].examples
     leaks = {name: num_leaked(found.examples, train) for name, found in loaded.items() if name != "train"}
     for name, count in leaks.items():
@@ -51,11 +57,27 @@ def preview(
     }
 
 
+def _surveys(config: DataConfig) -> dict[str, Survey]:
+    """Labels and formats of the files of each split."""
+    files = {name: paths for name in ("valid", "test") if (paths := getattr(config, name)) is not None}
+    others = {name: survey([(paths, config.for_files(paths).reading)]) for name, paths in files.items()}
+    return {"train": survey_training(config), **others}
+
+
+def _layout_of(found: Survey, layout: str) -> str:
+    """The objective's layout where it is one for rows of their kind: else they are shown as what they are."""
+    own = next((HEAD_ROWS[kind] for kind in found.kinds if kind in HEAD_ROWS), None)
+    if own is not None:
+        return own
+    return WHOLE if layout in HEAD_LAYOUTS else layout
+
+
 def _load(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, layout: str
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, layout: str, surveys: dict[str, Survey]
 ) -> tuple[dict[str, Loaded], dict[str, list[Problem]]]:
     """The splits that there are, by name, and what is wrong in the files of each."""
-    found = load_sources(config, tokenizer, layout, to_stderr, None)
+    labels = labels_of(surveys["train"])
+    found = load_sources(config, tokenizer, _layout_of(surveys["train"], layout), to_stderr, None, labels)
     problems = {"train": [problem for _, bad in found for problem in bad]}
     refused = any(accepted(part, bad, config.on_bad_row)[1] for part, bad in found)
     training = training_set(config, [part for part, _ in found], hold_out=config.valid is None and not refused)
@@ -65,7 +87,8 @@ def _load(
         loaded["valid"] = dataclasses.replace(training.held_out, notes=notes)
     for name in ("valid", "test"):
         if (files := getattr(config, name)) is not None:
-            loaded[name], problems[name] = load_split(files, tokenizer, config.for_files(files), layout)
+            own, treated = _layout_of(surveys[name], layout), config.for_files(files)
+            loaded[name], problems[name] = load_split(files, tokenizer, treated, own, labels=labels)
     return loaded, problems
 
 
@@ -101,6 +124,8 @@ def _warnings(loaded: dict[str, Loaded], splits: dict[str, dict[str, Any]], leak
     for name, split in splits.items():
         if split["duplicates"]:
             texts.append(f"{name}: {counted(split['duplicates'], 'row')} equal to an earlier row")
+        if (uneven := imbalance_warning(split.get("labels", {}))) is not None:
+            texts.append(f"{name}: {uneven}")
     return texts + [leak_warning(name, count) for name, count in leaks.items() if count]
 
 

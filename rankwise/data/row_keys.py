@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import MISSING, fields
 from typing import Any
 
-from rankwise.data.fields import Turn
+from rankwise.data.fields import LABEL, TAG, Turn
 from rankwise.data.rows import Row
 
 _PLACE = ("file", "line", "turns", "group")
@@ -18,10 +18,12 @@ _TURN_MORE = tuple((field.name, field.default) for field in fields(Turn) if fiel
 
 
 def row_key(row: Row) -> int:
-    """A hash of everything in the row but its place and group. Fields at their defaults do not count: rows keep their
-    number when `Row` gets a new field."""
+    """A hash of everything in the row but its place, its group, and what is said of it (labels and tags). Fields at
+    their defaults do not count: rows keep their number when `Row` gets a new field."""
     parts: list[str] = []
     for turn in row.turns:
+        if turn.role in (LABEL, TAG):
+            continue
         parts += (turn.role, turn.content)
         parts += _others(turn, _TURN_MORE)
     parts += _others(row, _MORE)

@@ -19,6 +19,7 @@ from rankwise.data.rows import Problem
 from rankwise.data.splits import auto_rows, held_out_by_key, held_out_by_row
 from rankwise.data.store import Examples
 from rankwise.errors import RequestError, counted
+from rankwise.models.labels import Labels
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,12 @@ class TrainingSet:
 
 
 def load_sources(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, layout: str, say: Say, check: Check | None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: str,
+    say: Say,
+    check: Check | None,
+    labels: Labels | None = None,
 ) -> list[tuple[Loaded, list[Problem]]]:
     """`load_split` of each source of `data.train`, with its arguments, and what it raises."""
     found: list[tuple[Loaded, list[Problem]]] = []
@@ -55,7 +61,7 @@ def load_sources(
         settings = config.for_files(source.path, source.format, source.columns)
         if config.group_column is not None:
             settings = dataclasses.replace(settings, split_by=config.group_column)
-        found.append(load_split(source.path, tokenizer, settings, layout, say, check))
+        found.append(load_split(source.path, tokenizer, settings, layout, say, check, labels))
     return found
 
 

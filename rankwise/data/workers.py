@@ -27,10 +27,12 @@ from transformers import PreTrainedTokenizerBase
 from rankwise import distributed
 from rankwise.data.config import AUTO, DataConfig
 from rankwise.data.encoder import Chunk, Encoder
+from rankwise.data.head_encoder import HEAD_LAYOUTS, HeadEncoder
 from rankwise.data.row_keys import row_group, row_key
 from rankwise.data.rows import Row
 from rankwise.data.store import Records, records
 from rankwise.errors import RequestError, WorkError
+from rankwise.models.labels import Labels
 
 CHUNK_ROWS = 1000
 CHUNK_CHARACTERS = 2**22
@@ -44,14 +46,17 @@ MOST_WORKERS = 16
 
 @dataclass(frozen=True)
 class Encoding:
-    """What decides how rows are encoded: the arguments of `Encoder`."""
+    """What decides how rows are encoded: the arguments of `Encoder`, or of `HeadEncoder`."""
 
     tokenizer: PreTrainedTokenizerBase
     config: DataConfig
     layout: str
+    labels: Labels | None = None
 
-    def encoder(self) -> Encoder:
+    def encoder(self) -> Encoder | HeadEncoder:
         """An encoder of that kind."""
+        if self.layout in HEAD_LAYOUTS:
+            return HeadEncoder(self.tokenizer, self.config, self.layout, self.labels)
         return Encoder(self.tokenizer, self.config, self.layout)
 
 
@@ -64,7 +69,7 @@ class EncodedChunk:
     """Without examples."""
 
 
-def encode_chunk(encoder: Encoder, rows: Sequence[Row]) -> EncodedChunk:
+def encode_chunk(encoder: Encoder | HeadEncoder, rows: Sequence[Row]) -> EncodedChunk:
     """Encodes rows to records. Raises: RequestError for a template that can't be used."""
     chunk = encoder.encode(rows)
     by_place = {(row.file, row.line): row for row in rows}

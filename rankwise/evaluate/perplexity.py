@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -38,7 +38,11 @@ class Measured(Protocol):
 
     @property
     def losses(self) -> Callable[[PreTrainedModel, Any], Tensor]:
-        """One loss for each trained unit of a batch, [n]."""
+        """One loss for each trained unit of a batch by itself, [n]."""
+        ...
+
+    def losses_of(self, model: PreTrainedModel, batches: Iterable[Any]) -> Iterator[Tensor]:
+        """The losses of each of these batches in turn: one for each trained unit, [n]."""
         ...
 
     @property
@@ -100,19 +104,23 @@ def measure_loss(
     total, num_units = 0.0, 0
     sums: dict[str, list[float]] = {}
     was_training = model.training
+    objective.meter.pour({})  # what others left in it
     model.eval()
     try:
         shares = rounds(order, batch_size, model)
         with torch.no_grad(), progress_bar("measuring loss", len(distributed.dealt(order)), progress) as advance:
-            for chosen in shares:
-                if not chosen:  # the other processes have rows left, and the model is spread over all of them
+            batches = (objective.collate(chunk, pad_id, packing).to(model.device) for chunk in shares if chunk)
+            losses_of_each = objective.losses_of(model, batches)
+            for chunk in shares:
+                if not chunk:  # the other processes have rows left, and the model is spread over all of them
                     with objective.meter.closed():
                         objective.losses(model, objective.collate(order[-1:], pad_id, packing).to(model.device))
                     continue
-                losses = objective.losses(model, objective.collate(chosen, pad_id, packing).to(model.device))
+                losses = next(losses_of_each)
                 total += float(losses.double().sum())
                 num_units += losses.numel()
-                advance(len(chosen))
+                advance(len(chunk))
+            assert next(losses_of_each, None) is None
     finally:
         model.train(was_training)
         objective.meter.pour(sums)

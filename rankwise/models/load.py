@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -25,6 +26,7 @@ from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
 from rankwise.models.embedded import EMBEDDED, embedded_source
 from rankwise.models.hub import is_cut_off
+from rankwise.models.labels import Labels
 from rankwise.models.quantization import bits_settings, needs_bitsandbytes, settle
 from rankwise.models.quiet import quietly
 
@@ -35,12 +37,15 @@ TASKS: dict[str, Any] = {
     "token-classification": transformers.AutoModelForTokenClassification,
     "encoder": transformers.AutoModel,
 }
+_HEADS = ("classifier", "score", "classification_head", "pre_classifier", "head")
 _NEW_HEADS = {
-    "sequence-classification": ("classifier.", "score.", "classification_head.", "pooler.", "pre_classifier."),
-    "token-classification": ("classifier.", "score."),
-    "encoder": ("pooler.",),
+    "sequence-classification": (*_HEADS, "pooler"),
+    "token-classification": _HEADS,
+    "encoder": ("pooler",),
 }
-"""Weights that a checkpoint may lack for a task: heads that the task trains anew, or that encoding does not read."""
+"""Modules that a checkpoint may lack for a task: heads that the task trains anew, or that encoding does not read."""
+
+_NEW: WeakKeyDictionary[PreTrainedModel, tuple[str, ...]] = WeakKeyDictionary()
 
 _PAD_LIKE = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
 _TOKENIZER_FILES = (
@@ -182,8 +187,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: ModelConfig, dtype: torch.dtype, task: str = "causal-lm") -> PreTrainedModel:
+def load_model(
+    config: ModelConfig, dtype: torch.dtype, task: str = "causal-lm", labels: Labels | None = None
+) -> PreTrainedModel:
     """The model in evaluation mode, its weights in `dtype`, on the configured device.
+
+    `labels`: of a classifier, written into its config; None leaves those that it has. Heads that its files lack, or
+    have for another number of labels, are drawn from torch's global generator (see `new_modules`).
 
     Raises: RequestError for an unknown task or device, a model that cannot be found or has no such head, weights that
     are not safetensors, lack parts or are damaged, and a model that needs its own code without permission.
@@ -211,25 +221,43 @@ def load_model(config: ModelConfig, dtype: torch.dtype, task: str = "causal-lm")
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # refused below, with the name and the shapes
             output_loading_info=True,
+            **({} if labels is None else labels.to_config()),
         )
-    _check_loaded(config.name, task, model, info)
+    _NEW[model] = _check_loaded(config.name, task, model, info)
     if in_bits:
         settle(model, dtype)
     return model.to(device).eval()
 
 
-def _check_loaded(name: str, task: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+def new_modules(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the modules whose weights the files of a model from `load_model` do not hold."""
+    return _NEW.get(model, ())
+
+
+def _check_loaded(name: str, task: str, model: PreTrainedModel, info: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the modules that are new. Raises: RequestError for weights that only the files can have."""
     _check_kind(name, task, model.config)
+    new = [key for key in info["missing_keys"] if _is_head(model, task, key)]
     for key, stored, wanted in sorted(info["mismatched_keys"]):
+        if _is_head(model, task, key) and task != "encoder":
+            new.append(key)
+            continue
         raise RequestError(
             f"model '{name}': weight {key} has shape {tuple(stored)} in its file and {tuple(wanted)} by its config.json"
         )
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith(_NEW_HEADS.get(task, ())))
+    missing = sorted(key for key in info["missing_keys"] if key not in new)
     if missing:
         listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise RequestError(
             f"model '{name}' has no weights for {listed}; its files are incomplete, or it is not a {task}"
         )
+    return tuple(sorted({key.rpartition(".")[0] for key in new}))
+
+
+def _is_head(model: PreTrainedModel, task: str, key: str) -> bool:
+    """Whether a weight belongs to a part that may be new: at the top of the model, or of its backbone."""
+    first = key.removeprefix(f"{model.base_model_prefix}.").split(".")[0]
+    return first in _NEW_HEADS.get(task, ())
 
 
 def _check_kind(name: str, task: str, config: PretrainedConfig) -> None:
@@ -238,6 +266,11 @@ def _check_kind(name: str, task: str, config: PretrainedConfig) -> None:
         raise RequestError(
             f"model '{name}' ({config.model_type}) is no encoder-decoder model: it reads question and answer as one "
             "text; use train.objective=sft, or choose one such as T5 or BART"
+        )
+    if task in _NEW_HEADS and config.is_encoder_decoder:
+        raise RequestError(
+            f"model '{name}' ({config.model_type}) is an encoder-decoder, trained with train.objective=seq2seq only; "
+            f"for a {task} choose an encoder or a causal model"
         )
     if task != "causal-lm":
         return

@@ -34,3 +34,17 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
 def takes(model: nn.Module, argument: str) -> bool:
     """Whether the model's forward names this argument."""
     return argument in inspect.signature(model.forward).parameters
+
+
+def num_positions(model: PreTrainedModel) -> int | None:
+    """The longest row that the model has positions for; None where its config names no bound.
+
+    RoBERTa and its kin count positions from behind the pad token's, and so have fewer than their table has rows.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return positions - module.padding_idx - 1
+    return positions

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.data.cache import Say
 from rankwise.data.formats import FORMATS
+from rankwise.data.labels import check_labels
 from rankwise.data.loaded import Loaded, num_leaked
 from rankwise.data.loader import accepted, check_any, load_split
 from rankwise.data.rows import BadRows, Problem
@@ -16,8 +17,11 @@ from rankwise.data.splits import AUTO_LEAST_ROWS
 from rankwise.data.templates import stop_token_ids
 from rankwise.data.training_set import TrainingSet, load_sources, training_set
 from rankwise.errors import RequestError, counted
+from rankwise.models.labels import Labels
 from rankwise.models.load import load_tokenizer
-from rankwise.recipes.run import RunConfig
+from rankwise.models.probing import num_positions
+from rankwise.recipes.heads import training_labels
+from rankwise.recipes.run import RunConfig, StartFrom
 from rankwise.train.needs import NEEDS, remedy_for
 from rankwise.train.order import Share
 
@@ -34,6 +38,8 @@ class RunData:
     """Tokens that end an answer in the way that the data was written."""
     num_leaked: int = 0
     """Validation rows that are training rows too, letter by letter."""
+    labels: Labels | None = None
+    """What a classifier tells apart."""
 
     @property
     def train(self) -> Loaded:
@@ -73,7 +79,7 @@ class RunData:
         config = model.config.get_text_config()
         splits = [self.train, *([self.valid] if self.valid else [])]
         longest = max(int(split.examples.column("longest").max()) for split in splits)
-        positions = getattr(config, "max_position_embeddings", None)
+        positions = num_positions(model)
         if positions is not None and longest > positions:
             raise RequestError(
                 f"a row has {longest} tokens, the model {positions} positions; set data.max_length={positions}"
@@ -105,13 +111,16 @@ def load_data(run: RunConfig, say: Say) -> RunData:
         problems.extend(bad)
         return loaded
 
-    parts = [used(*found) for found in load_sources(config, tokenizer, layout, say, check("train"))]
+    labels = training_labels(config, layout, run.adapter.folder if isinstance(run.adapter, StartFrom) else None)
+    parts = [used(*found) for found in load_sources(config, tokenizer, layout, say, check("train"), labels)]
     valid: Loaded | None = None
     if config.valid is not None:
         treated = config.for_files(config.valid)
-        valid = used(*load_split(config.valid, tokenizer, treated, layout, say, check("valid")))
+        valid = used(*load_split(config.valid, tokenizer, treated, layout, say, check("valid"), labels))
     if problems:
         raise BadRows(problems)
+    if labels is not None:
+        check_labels(labels)
     for source, part in zip(config.sources, parts, strict=True):
         check_any(part, source.path, config)
     if valid is not None and config.valid is not None:
@@ -122,7 +131,8 @@ def load_data(run: RunConfig, say: Say) -> RunData:
         rows = counted(len(training.train.examples), "row")
         run.check_not_evaluated(f"without data.valid (of {rows}, fewer than {AUTO_LEAST_ROWS}, none is held out)")
     leaked = num_leaked(valid.examples, training.train.examples) if valid is not None else 0
-    return RunData(tokenizer, training, valid, stop_token_ids(tokenizer, config, layout), leaked)
+    stop_ids = stop_token_ids(tokenizer, config, layout) if run.train.needs.generates else ()
+    return RunData(tokenizer, training, valid, stop_ids, leaked, labels)
 
 
 def check_objective(objective: str, split: str, format: str, why: str) -> None:

@@ -25,13 +25,22 @@ from rankwise.attach.inject import (
     output_factors,
 )
 from rankwise.attach.swiglu import fuse_mlps
+from rankwise.attach.targets import HEADS
 from rankwise.data.config import BY_HASH
 from rankwise.data.formats import TEXT
 from rankwise.errors import RequestError
+from rankwise.models.heads import set_padding
 from rankwise.models.load import check_task, choose_device, load_model, resolve
 from rankwise.recipes.finetune_data import RunData, load_data
-from rankwise.recipes.finetune_processes import bring_in_step, check_same_data, is_state_shared, spreads
+from rankwise.recipes.finetune_processes import (
+    bring_in_step,
+    check_same_data,
+    check_spread,
+    is_state_shared,
+    spreads,
+)
 from rankwise.recipes.finetune_report import describe_run
+from rankwise.recipes.heads import head_of, with_new_modules
 from rankwise.recipes.provenance import data_hashes, provenance
 from rankwise.recipes.resume import check_length, check_settings, run_precision, training_settings
 from rankwise.recipes.run import RunConfig, StartFrom, check_task_type, with_section
@@ -86,6 +95,7 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     with distributed.together():
         device = choose_device(run.model.device)
         check_task(run.model, run.train.needs.task)
+        check_spread(run.train)
         data = load_data(run, say)
         hashes = data_hashes(run.data)
         least = _least_precision(run)
@@ -145,10 +155,13 @@ def _resolved_split(run: RunConfig, data: RunData) -> dict[str, Any]:
 def _least_precision(run: RunConfig) -> str:
     """`train.precision`, or fp32 for `auto` where weights of the base are trained: Adam's steps vanish in bf16 weights.
 
+    A classifier's head is no such case: it is fp32 on any base (see `rankwise.attach.wide`).
+
     Raises: RequestError when bf16 was asked for with such an adapter.
     """
     config = read_config(run.adapter.folder) if isinstance(run.adapter, StartFrom) else run.adapter
-    named = {"modules_to_save": config.modules_to_save, "bias": None if config.bias == "none" else config.bias}
+    whole = None if run.train.needs.task_type in HEADS else config.modules_to_save
+    named = {"modules_to_save": whole, "bias": None if config.bias == "none" else config.bias}
     trained = [f"adapter.{name} ({value})" for name, value in named.items() if value]
     if not trained or run.train.precision == "fp32":
         return run.train.precision
@@ -188,7 +201,10 @@ def _attached_model(run: RunConfig, precision: Precision, data: RunData) -> PreT
     config = run.model
     if spreads(run.train.sharding):  # cut from the CPU's memory, which the processes of a machine share
         config = dataclasses.replace(config, device="cpu")
-    model = load_model(config, precision.dtype, run.train.needs.task)
+    seed_everything(run.train.seed)  # a new head is drawn while loading
+    model = load_model(config, precision.dtype, run.train.needs.task, data.labels)
+    if run.train.needs.task_type in HEADS:
+        set_padding(model, data.pad_id)
     data.check_fits(model)
     seed_everything(run.train.seed)
     if isinstance(run.adapter, StartFrom):
@@ -204,12 +220,14 @@ def _attached_model(run: RunConfig, precision: Precision, data: RunData) -> PreT
         task_type = run.adapter.task_type or run.train.needs.task_type
         config = run.adapter.with_(base_model_name_or_path=named, revision=run.model.revision, task_type=task_type)
         try:
-            attach(model, config)
+            attach(model, with_new_modules(model, config))
         except RequestError as error:
             raise RequestError(with_section(str(error))) from error
         _check_dropout(model, run.adapter)
     if run.train.fused_mlp:
         fuse_mlps(model, required=run.train.fused_mlp is True)
+    head = head_of(run.train, data.labels)
+    need_attachment(model).head = None if head is None else head.to_dict()
     if run.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model

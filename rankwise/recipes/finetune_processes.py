@@ -15,6 +15,7 @@ from rankwise.errors import RequestError
 from rankwise.models.sharding import shard
 from rankwise.recipes.provenance import joined_hash
 from rankwise.train.config import TrainConfig
+from rankwise.train.objectives import objective_of
 
 SAMPLE = 4096
 """Entries of each weight of a base that is to be spread, by which processes compare it before it is cut."""
@@ -23,6 +24,15 @@ SAMPLE = 4096
 def spreads(sharding: str) -> bool:
     """Whether the base is spread over processes: there must be several."""
     return sharding == "full" and distributed.world_size() > 1
+
+
+def check_spread(train: TrainConfig) -> None:
+    """Raises: RequestError for an objective whose losses need the whole step's rows, on a base that is spread."""
+    if spreads(train.sharding) and objective_of(train).step_losses is not None:
+        raise RequestError(
+            f"train.sharding: {train.sharding} does not work with train.objective: {train.objective}, which encodes "
+            "every text twice, differently often on each process; set it to none"
+        )
 
 
 def check_same_data(hashes: Mapping[str, Mapping[str, str]]) -> None:

@@ -20,6 +20,7 @@ from rankwise.train.loop import LoopPlan
 from rankwise.train.precision import Precision
 
 LEFT_OUT_WORTH_SAYING = 0.01
+SHOWN_LABELS = 12
 
 
 def describe_run(
@@ -78,10 +79,13 @@ def _too_high_ranks(run: RunConfig, model: PreTrainedModel) -> list[str]:
 
 def _data_lines(run: RunConfig, data: RunData) -> list[str]:
     tokens, trained = data.tokens_per_epoch
-    loaded = data.train
+    loaded, unit = data.train, run.train.needs.unit
+    what = (
+        f"{trained:,} ({trained / tokens:.0%}) trained on" if unit == "token" else f"{counted(trained, unit)} to learn"
+    )
     lines = [
-        f"data      {counted(len(loaded.examples), 'row')} ({loaded.format}), {tokens:,} tokens an epoch, "
-        f"{trained:,} ({trained / tokens:.0%}) trained on",
+        f"data      {counted(len(loaded.examples), 'row')} ({loaded.format}), {tokens:,} tokens an epoch, {what}",
+        *_label_lines(data),
         *_mix_lines(data),
         *_split_lines(run, data),
     ]
@@ -94,6 +98,14 @@ def _data_lines(run: RunConfig, data: RunData) -> list[str]:
             f"          warning: {leak_warning('valid', data.num_leaked)}; the validation loss is too good there"
         )
     return lines
+
+
+def _label_lines(data: RunData) -> list[str]:
+    if data.labels is None:
+        return []
+    names = data.labels.names
+    more = f" and {len(names) - SHOWN_LABELS} more" if len(names) > SHOWN_LABELS else ""
+    return [f"          {counted(len(names), 'label')}: {', '.join(names[:SHOWN_LABELS])}{more}"]
 
 
 def _mix_lines(data: RunData) -> list[str]:

@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass
 
 from rankwise.errors import RequestError, counted, did_you_mean
-from rankwise.train.needs import NEEDS, TO_COME, Needs
+from rankwise.models.labels import POOLINGS
+from rankwise.train.needs import NEEDS, Needs
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adamw-fused", "adamw-8bit")
@@ -30,6 +31,8 @@ DEFAULT_SAMPLE_TOKENS = 64
 DEFAULT_CHECKPOINTS = 2
 DEFAULT_STATE_SHARED_FROM = 50_000_000
 """Trainable parameters: Adam's two fp32 moments are then 400 MB, about what a block of a large base takes."""
+DEFAULT_POOLING = "mean"
+DEFAULT_TEMPERATURE = 0.05
 
 _EPOCHS = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*epochs?\s*")
 
@@ -109,6 +112,9 @@ class TrainConfig:
         keep_checkpoints: how many of the newest checkpoints stay: `auto` keeps 2, null all.
         samples: answers generated at each evaluation, into samples.jsonl; not given: 3 where there is an evaluation.
         sample_tokens: the most tokens of each such answer; not given: 64.
+        pooling: of `embedding`: how the vectors of a text's tokens become one: `mean`, `cls` (the first token's) or
+            `last`; not given: mean. The result is scaled to length 1.
+        temperature: of `embedding`: similarities (cosines) are divided by it; not given: 0.05.
 
     Raises: RequestError for a value out of range, or a setting without effect.
     """
@@ -142,6 +148,8 @@ class TrainConfig:
     keep_checkpoints: int | str | None = AUTO
     samples: int | None = None
     sample_tokens: int | None = None
+    pooling: str | None = None
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None:
@@ -153,10 +161,9 @@ class TrainConfig:
         self._check_rates()
         self._check_loss()
         self._check_events()
+        self._check_embedding()
 
     def _check_names(self) -> None:
-        if self.objective in TO_COME:
-            raise RequestError(f"train.objective: '{self.objective}' is not available yet; use {' or '.join(NEEDS)}")
         named = {
             "objective": NEEDS, "schedule": SCHEDULES, "optimizer": OPTIMIZERS, "precision": PRECISIONS,
             "sharding": SHARDINGS,
@@ -271,6 +278,29 @@ class TrainConfig:
                 f"train.sample_tokens ({self.sample_tokens}) has no effect with train.samples: 0; set samples, or "
                 "leave it out"
             )
+
+    def _check_embedding(self) -> None:
+        for name in ("pooling", "temperature"):
+            value = getattr(self, name)
+            if value is not None and self.objective != "embedding":
+                raise RequestError(
+                    f"train.{name} ({value}) has no effect with train.objective: {self.objective}; leave "
+                    "it out: only embedding reads it"
+                )
+        if self.pooling is not None and self.pooling not in POOLINGS:
+            raise RequestError(f"train.pooling can't be '{self.pooling}'{did_you_mean(self.pooling, POOLINGS)}")
+        if self.temperature is not None and not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise RequestError(f"train.temperature must be more than 0, not {self.temperature}; 0.05 is usual")
+
+    @property
+    def pooling_name(self) -> str:
+        """`pooling`, filled in."""
+        return self.pooling or DEFAULT_POOLING
+
+    @property
+    def similarity_temperature(self) -> float:
+        """`temperature`, filled in."""
+        return DEFAULT_TEMPERATURE if self.temperature is None else self.temperature
 
     @property
     def needs(self) -> Needs:

@@ -181,6 +181,8 @@ def accumulate(
             "`rankwise data preview`, raise data.max_length, or drop the rows without an answer"
         )
     mean_loss = torch.zeros((), dtype=torch.float64)
+    own = [batch for batch, n in zip(micro_batches, counts, strict=True) if n]
+    losses_of_each = objective.losses_of(model, own)
     for batch, count in zip(micro_batches, counts, strict=True):
         if isinstance(batch, Filler):
             with objective.meter.closed():
@@ -188,13 +190,14 @@ def accumulate(
         elif count == 0:
             continue
         else:
-            losses = objective.losses(model, batch)
+            losses = next(losses_of_each)
         assert losses.numel() == count, f"{losses.numel()} losses where {count} were counted"
         if not losses.requires_grad:
             raise WorkError("the loss does not depend on the adapter: nothing is attached or everything is frozen")
         share = losses.sum() / num_trained
         (share * factor).backward()
         mean_loss += share.detach().cpu().double()
+    assert next(losses_of_each, None) is None  # to its end: other processes may wait for it there
     if distributed.world_size() > 1:
         gradients = [_gradient(parameter) for parameter in trained_parameters(optimizer)]
         distributed.all_reduce_sum([mean_loss, *gradients])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankwise.data.fields import ANSWERS, PREFERENCES, TEXTS
+from rankwise.data.fields import ANSWERS, LABELLED, PAIRED, PREFERENCES, TAGGED, TEXTS
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Needs:
         task: the model's head, a key of `rankwise.models.load.TASKS`.
         task_type: PEFT's name for it, written into the adapter's config.
         rows: the kind of row that it trains on (`Format.rows`).
-        layout: how a row becomes token sequences, a key of `rankwise.data.layouts.LAYOUTS`.
+        layout: how a row becomes token sequences: a key of `rankwise.data.layouts.LAYOUTS`, or, without a template, one
+            of `rankwise.data.head_encoder.HEAD_LAYOUTS`.
         unit: what one loss is of; only a loss of tokens has a perplexity.
         packs: whether the rows of a micro batch can lie end to end; where they can't, they are padded.
         generates: whether rows ask for an answer that the model can write.
@@ -40,13 +41,17 @@ NEEDS: dict[str, Needs] = {
     "text": Needs("causal-lm", "CAUSAL_LM", TEXTS, generates=False, smooths=True),
     "seq2seq": Needs("seq2seq-lm", "SEQ_2_SEQ_LM", ANSWERS, layout="seq2seq", packs=False, smooths=True),
     "dpo": Needs("causal-lm", "CAUSAL_LM", PREFERENCES, layout="preference", unit="pair"),
+    "classification": Needs(
+        "sequence-classification", "SEQ_CLS", LABELLED, "classes", unit="label", packs=False, generates=False
+    ),
+    "token-classification": Needs(
+        "token-classification", "TOKEN_CLS", TAGGED, "tags", unit="tag", packs=False, generates=False
+    ),
+    "embedding": Needs("encoder", "FEATURE_EXTRACTION", PAIRED, "pairs", unit="row", packs=False, generates=False),
 }
-
-TO_COME = ("classification", "token-classification", "embedding")
-"""Names that are spoken for."""
 
 
 def remedy_for(rows: str) -> str:
     """What to do with this kind of row: the objectives that train on it."""
     names = [name for name, needs in NEEDS.items() if needs.rows == rows]
-    return f"use train.objective={' or '.join(names)}" if names else "no objective trains on these yet"
+    return f"use train.objective={' or '.join(names)}"

@@ -8,7 +8,7 @@ micro batches equal one, whatever is trained. Validation is the mean of the same
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -113,6 +113,8 @@ class Objective:
         collate: examples, the pad token and whether to pack, to a micro batch on the CPU; it has a `.to(device)`.
         count: how many losses that will be.
         meter: what `losses` measures besides.
+        step_losses: where a loss depends on other micro batches of its step: the losses of each of them in turn, each
+            to be summed and taken back to the parameters before the next is asked for. None: `losses` of each.
     """
 
     needs: Needs
@@ -120,3 +122,12 @@ class Objective:
     collate: Callable[[Sequence[Example], int, bool], Any]
     count: Callable[[Any], int] = num_trained
     meter: Meter = field(default_factory=Meter)
+    step_losses: Callable[[PreTrainedModel, Sequence[Any]], Iterator[Tensor]] | None = None
+
+    def losses_of(self, model: PreTrainedModel, batches: Iterable[Any]) -> Iterator[Tensor]:
+        """The losses of each of these batches, which are a step (or all rows of an evaluation), in turn."""
+        if self.step_losses is not None:
+            yield from self.step_losses(model, list(batches))
+            return
+        for batch in batches:
+            yield self.losses(model, batch)

@@ -11,10 +11,13 @@ from transformers import PreTrainedTokenizerFast
 
 from rankwise.data.config import DataConfig
 from rankwise.data.example import Example
-from rankwise.data.formats import Turn
+from rankwise.data.formats import FORMATS, Turn
+from rankwise.data.head_encoder import HEAD_ROWS
 from rankwise.data.loader import load_examples
 from tests import tiny
 
+WRITTEN = [name for name, form in FORMATS.items() if form.rows not in HEAD_ROWS]
+"""Formats whose rows a template writes; those of heads are in test_label_formats.py."""
 FIXTURES = Path(__file__).parent / "fixtures"
 
 LLAMA3 = (

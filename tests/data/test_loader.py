@@ -7,13 +7,12 @@ import pytest
 
 from rankwise.data.config import DataConfig
 from rankwise.data.encoder import Prompts
-from rankwise.data.formats import FORMATS
 from rankwise.data.loader import load_examples
 from rankwise.data.rows import BadRows
 from rankwise.data.templates import stop_token_ids
 from rankwise.errors import RequestError
 from tests import tiny
-from tests.data.builders import FIXTURES, example_of, marked, messages, write_rows
+from tests.data.builders import FIXTURES, WRITTEN, example_of, marked, messages, write_rows
 
 DEMO = Path(__file__).parents[2] / "rankwise" / "recipes" / "demo_data"
 
@@ -22,7 +21,7 @@ def load(path: str, **settings: object):
     return load_examples(path, tiny.tiny_tokenizer(), DataConfig(train=path, **settings))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_every_format_loads(name):
     loaded = load(str(FIXTURES / f"{name}.jsonl"))
     assert (loaded.format, loaded.num_rows, len(loaded.examples), loaded.num_truncated) == (name, 20, 20, 0)
@@ -39,7 +38,7 @@ def test_formats_of_the_same_rows_load_equally():
         assert len({(example.input_ids, example.labels, example.prompt_ids) for example in rows}) == 1
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_bad_rows_are_raised_together(name):
     with pytest.raises(BadRows) as caught:
         load(str(FIXTURES / "broken" / f"{name}.jsonl"))

@@ -5,10 +5,9 @@ import json
 import pytest
 
 from rankwise.data.config import DataConfig
-from rankwise.data.formats import FORMATS
 from rankwise.data.preview import preview
 from tests import tiny
-from tests.data.builders import FIXTURES, messages, write_rows
+from tests.data.builders import FIXTURES, WRITTEN, messages, write_rows
 
 
 def test_counts_and_examples(tmp_path):
@@ -33,7 +32,7 @@ def test_counts_and_examples(tmp_path):
     json.dumps(document)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_problems_are_listed_beside_the_good_rows(name):
     path = str(FIXTURES / "broken" / f"{name}.jsonl")
     document = preview(DataConfig(train=path), tiny.tiny_tokenizer())

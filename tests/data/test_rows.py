@@ -5,10 +5,9 @@ import json
 import pytest
 
 from rankwise.data.config import Reading
-from rankwise.data.formats import FORMATS
 from rankwise.data.rows import BadRows, Problem, expand, read_rows
 from rankwise.errors import RequestError
-from tests.data.builders import FIXTURES, messages, turns, write_rows
+from tests.data.builders import FIXTURES, WRITTEN, messages, turns, write_rows
 
 FAULTS = [json.loads(line) for line in (FIXTURES / "broken" / "faults.jsonl").read_text().splitlines()]
 BROKEN = sorted({fault["file"] for fault in FAULTS})
@@ -39,12 +38,12 @@ def test_every_fault_is_found_and_nothing_else(file, format):
 
 
 def test_there_are_broken_files_of_every_format():
-    assert {file.removeprefix("broken/single/").split(".")[0] for file in BROKEN if "single" in file} == set(FORMATS)
-    assert len(BROKEN) == 6 * len(FORMATS)
+    assert {file.removeprefix("broken/single/").split(".")[0] for file in BROKEN if "single" in file} == set(WRITTEN)
+    assert len(BROKEN) == 6 * len(WRITTEN)
 
 
 def test_good_files_hold_the_same_conversations():
-    files = {name: read_rows(str(FIXTURES / f"{name}.jsonl")) for name in FORMATS}
+    files = {name: read_rows(str(FIXTURES / f"{name}.jsonl")) for name in WRITTEN}
     assert all(not rows.problems and len(rows.rows) == 20 for rows in files.values())
     asked = {name: [row.turns for row in rows.rows] for name, rows in files.items()}
     assert asked["messages"] == asked["sharegpt"] == asked["prompt_completion"]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import BertForSequenceClassification, BertForTokenClassification, PreTrainedModel
 
 from tests import tiny
 from tests.train.rows import words
@@ -42,9 +43,32 @@ def _preferred(word: str) -> Row:
     return {"prompt": word, "chosen": word.upper(), "rejected": word[::-1]}
 
 
+def _encoder(head: type[PreTrainedModel]) -> Callable[[], PreTrainedModel]:
+    """A tiny BERT with this head, for two labels."""
+
+    def build() -> PreTrainedModel:
+        torch.manual_seed(0)
+        return head(tiny.bert().config).eval()  # type: ignore[call-arg]
+
+    return build
+
+
+def _tagged(word: str) -> Row:
+    return {"words": [word, word[::-1]], "tags": ["X" if "a" in word else "Y", "X" if len(word) > 6 else "Y"]}
+
+
+def _pair(word: str) -> Row:
+    return {"anchor": word, "positive": word[::-1], "negatives": [word[2:] + "z"]}
+
+
 CASES: dict[str, Case] = {
     "sft": Case(tiny.llama, _reversed),
     "text": Case(tiny.llama, lambda word: {"text": f"{word} {word[::-1]}"}),
     "dpo": Case(tiny.llama, _preferred),
     "seq2seq": Case(tiny.t5, _reversed, chat_template=None),
+    "classification": Case(
+        _encoder(BertForSequenceClassification), lambda word: {"text": word, "label": "a" if "a" in word else "none"}
+    ),
+    "token-classification": Case(_encoder(BertForTokenClassification), _tagged),
+    "embedding": Case(tiny.bert, _pair),
 }

@@ -16,7 +16,6 @@ from rankwise.train.needs import NEEDS
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"objective": "embedding"}, ("embedding", "not available yet", "sft")),
         ({"objective": "stf"}, ("stf", "sft")),
         ({"steps": 3, "epochs": 1}, ("train.steps", "train.epochs", "null")),
         ({"steps": 0}, ("train.steps", "1 or more", "0")),
