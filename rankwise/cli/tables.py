@@ -15,6 +15,7 @@ COLUMNS = {
     "rouge_l": ("ROUGE-L", "{:.1f}"),
     "exact_match": ("exact match", "{:.1%}"),
     "accuracy": ("accuracy", "{:.1%}"),
+    "reward_margin": ("reward margin", "{:.3f}"),
 }
 """Field of a result: its heading, and how its value is written."""
 

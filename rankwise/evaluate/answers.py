@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 from rankwise.errors import RequestError, did_you_mean
 
-LOSS_METRICS = ("loss", "perplexity")
-"""Metrics of the likelihood: they need no generated answer."""
+LOSS_METRICS = ("loss", "perplexity", "accuracy", "reward_margin")
+"""Metrics that need no generated answer: of the likelihood, and what else an objective measures with its loss."""
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:

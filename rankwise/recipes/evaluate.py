@@ -13,18 +13,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rankwise.attach.inject import disabled
 from rankwise.data.config import DataConfig
 from rankwise.data.example import Example
+from rankwise.data.fields import PREFERENCES
+from rankwise.data.formats import FORMATS
 from rankwise.data.loaded import Loaded
 from rankwise.data.loader import load_examples
+from rankwise.data.rows import Findings, iter_rows
 from rankwise.data.templates import stop_token_ids
 from rankwise.errors import RequestError
 from rankwise.evaluate.answers import LOSS_METRICS, METRICS, check_metrics, score
 from rankwise.evaluate.generate import generate_answers
 from rankwise.evaluate.perplexity import measure_loss
 from rankwise.recipes.target import Target, find_target, open_target, target_tokenizer
+from rankwise.train.needs import NEEDS
 from rankwise.train.objective import Objective
-from rankwise.train.objectives import OBJECTIVES
+from rankwise.train.objectives import OBJECTIVES, objective_of
+from rankwise.train.preference import REWARD_ACCURACY
 
 DEFAULT_NEW_TOKENS = 128
+FIGURE_NAMES = {REWARD_ACCURACY: "accuracy"}
+"""What results call a figure of an objective's meter, where it is not the same."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +105,11 @@ def evaluate(
     if config.max_length is not None:
         data = dataclasses.replace(data, max_length=config.max_length)
     tokenizer = target_tokenizer(target)
-    loaded = load_examples(data.train_paths, tokenizer, data, target.needs.layout)
+    objective = measured_objective(target, data)
+    loaded = load_examples(data.train_paths, tokenizer, data, objective.needs.layout)
     for line in (*(f"note: {note}" for note in loaded.notes), *(f"warning: {text}" for text in loaded.warnings)):
         print(line, file=sys.stderr)
-    exam = make_exam(loaded, data, tokenizer, wanted, config, OBJECTIVES[target.objective], progress)
+    exam = make_exam(loaded, data, tokenizer, wanted, config, objective, progress)
     opened = open_target(target, config.precision)
     graded = [copied(exam)] if config.copy else []
     if target.adapter is None:
@@ -115,6 +123,38 @@ def evaluate(
         "truncated": loaded.num_truncated, "warnings": list(loaded.warnings),
         "results": [entry.result for entry in graded],
     }  # fmt: skip
+
+
+def measured_objective(target: Target, data: DataConfig) -> Objective:
+    """The target's own objective; where the rows are of another kind, the one for these: answers or preference pairs.
+
+    Raises: RequestError for preference pairs and a model without an adapter to compare with its base; for files that
+    can't be read.
+    """
+    found = Findings()
+    next(iter_rows(data.train_paths, found, data.reading), None)  # the first row tells the format of its file
+    kinds = {FORMATS[name].rows for name in found.formats}
+    is_causal = target.needs.task == NEEDS["dpo"].task
+    name = target.objective
+    if kinds == {PREFERENCES} and is_causal:
+        name = "dpo"
+        if target.adapter is None:
+            raise RequestError(
+                f"preference pairs compare an adapter with its base, and '{target.name}' is a model without one; "
+                "give a run or an adapter"
+            )
+    elif name == "dpo":
+        name = "sft"
+    if target.train is not None and target.train.objective == name:
+        return objective_of(target.train)
+    return OBJECTIVES[name]
+
+
+def measured_metrics(objective: Objective) -> tuple[str, ...]:
+    """Those of LOSS_METRICS that the objective has."""
+    own = {"loss", *(FIGURE_NAMES.get(name, name) for name in objective.meter.names)}
+    own |= {"perplexity"} if objective.needs.unit == "token" else set()
+    return tuple(name for name in LOSS_METRICS if name in own)
 
 
 def data_file(target: Target, given: str | None) -> str | list[str]:
@@ -146,8 +186,11 @@ def make_exam(
     """
     examples = loaded.examples[: config.rows]
     missing = next((example for example in examples if not example.prompt_ids), None)
+    measured = measured_metrics(objective)
     if metrics is None:
-        metrics = LOSS_METRICS if missing else (*LOSS_METRICS, *METRICS)
+        metrics = measured if missing else (*measured, *METRICS)
+    if (other := next((name for name in metrics if name not in (*measured, *METRICS)), None)) is not None:
+        raise RequestError(f"metric '{other}' has no meaning for these rows, which have {', '.join(measured)}")
     compared = [name for name in metrics if name in METRICS]
     if missing and compared:
         raise RequestError(
@@ -175,6 +218,7 @@ def grade(model: PreTrainedModel, exam: Exam, name: str) -> Graded:
         assert isinstance(pad_id, int), "load_tokenizer gives every tokenizer a pad token"
         found = measure_loss(model, exam.objective, exam.examples, pad_id, exam.batch_size, exam.packing, exam.progress)
         figures = {"loss": found.loss, "perplexity": found.perplexity}
+        figures |= {FIGURE_NAMES.get(name, name): value for name, value in found.figures.items()}
     answers: list[str] = []
     if any(metric in METRICS for metric in exam.metrics):
         prompts = [example.prompt_ids for example in exam.examples]

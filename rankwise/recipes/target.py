@@ -21,6 +21,7 @@ from rankwise.models.load import check_task, choose_device, load_config, load_mo
 from rankwise.models.quiet import quietly
 from rankwise.recipes.output import RUN_FILE
 from rankwise.recipes.run import read_run
+from rankwise.train.config import TrainConfig
 from rankwise.train.needs import NEEDS, Needs
 from rankwise.train.precision import choose_precision
 from rankwise.train.state import ADAPTER, CHECKPOINTS
@@ -48,8 +49,8 @@ class Target:
     adapter: Path | None = None
     data: DataConfig | None = None
     chat_template: str | None = None
-    trained_for: str | None = None
-    """The run's objective; None where no run is known."""
+    train: TrainConfig | None = None
+    """How the run trained; None where no run is known."""
     task_type: str | None = None
     """Of a lone adapter, by its configuration."""
 
@@ -59,8 +60,8 @@ class Target:
 
         Raises: RequestError when the model's configuration has to be read and can't be.
         """
-        if self.trained_for is not None:
-            return self.trained_for
+        if self.train is not None:
+            return self.train.objective
         for name, needs in NEEDS.items():
             if needs.task_type == self.task_type:
                 return name
@@ -164,7 +165,7 @@ def _with_run(name: str, kind: str, run_file: Path, adapter: Path, base: str | N
     """An adapter with the base and the data treatment of the run that it is of."""
     run = read_run(run_file)
     model = dataclasses.replace(run.model, device=device) if base is None else ModelConfig(base, device)
-    return Target(name, kind, model, adapter, run.data, trained_for=run.train.objective)
+    return Target(name, kind, model, adapter, run.data, train=run.train)
 
 
 def _run_file_above(adapter: Path) -> Path | None:

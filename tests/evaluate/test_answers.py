@@ -35,7 +35,7 @@ def test_metric_names_are_checked():
     assert check_metrics(["bleu", "loss", "bleu"]) == ("bleu", "loss")
     with pytest.raises(RequestError, match=r"unknown metric 'blue'; did you mean 'bleu'"):
         check_metrics(["blue"])
-    with pytest.raises(RequestError, match="no metric given; known: loss, perplexity, chrf"):
+    with pytest.raises(RequestError, match="no metric given; known: loss, perplexity, accuracy, reward_margin, chrf"):
         check_metrics([])
 
 

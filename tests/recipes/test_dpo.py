@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rankwise.errors import RequestError
+from rankwise.recipes.evaluate import EvaluateConfig, evaluate
 from rankwise.recipes.finetune import train
 from rankwise.train.interrupt import Interrupted
 from tests.recipes.runs import adapter_bytes, interrupting, metrics, settings, unmeasured
@@ -86,3 +87,27 @@ def test_rows_of_the_other_kind_are_refused_with_the_remedy(files: Path, tmp_pat
     run["data"]["train"] = str(tmp_path / "rows.jsonl")
     with pytest.raises(RequestError, match=r"dpo trains on preference pairs, data.train holds answers .*objective=sft"):
         train(run, quiet=True)
+
+
+def test_evaluation_compares_the_adapter_with_its_base(files: Path, first: Path) -> None:
+    found = evaluate(str(first), EvaluateConfig(data=str(files / "valid.jsonl"), max_new_tokens=3, precision="fp32"))
+    base, adapter = found["results"]
+    assert base["loss"] == pytest.approx(math.log(2), rel=1e-6) and base["reward_margin"] == 0
+    line = metrics(first)[-1]
+    assert adapter["loss"] == pytest.approx(line["valid_loss"], abs=1e-6)
+    assert adapter["accuracy"] == line["valid_reward_accuracy"]
+    assert adapter["reward_margin"] == pytest.approx(line["valid_reward_margin"], abs=1e-6)
+    assert "perplexity" not in adapter and "chrf" in adapter
+
+
+def test_evaluation_on_answers_measures_their_tokens(files: Path, first: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "abc", "completion": "ABC"}) + "\n")
+    found = evaluate(str(first), EvaluateConfig(data=str(tmp_path / "rows.jsonl"), metrics=("loss", "perplexity")))
+    assert all(result["perplexity"] == pytest.approx(math.exp(result["loss"])) for result in found["results"])
+    with pytest.raises(RequestError, match="metric 'accuracy' has no meaning for these rows, which have loss, perp"):
+        evaluate(str(first), EvaluateConfig(data=str(tmp_path / "rows.jsonl"), metrics=("accuracy",)))
+
+
+def test_pairs_and_a_model_without_an_adapter_are_refused(files: Path) -> None:
+    with pytest.raises(RequestError, match="is a model without one; give a run or an adapter"):
+        evaluate(str(files / "model"), EvaluateConfig(data=str(files / "valid.jsonl")))
