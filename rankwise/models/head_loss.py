@@ -171,6 +171,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                     scores[block] = shares  # the scores have been read: their place is free
             if gradient is not None:
                 gradient[chunk] = scores @ weight
+            del scores  # or the next chunk's would be made beside them
         ctx.save_for_backward(gradient)
         return losses
 
