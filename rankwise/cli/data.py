@@ -1,8 +1,9 @@
-"""`rankwise data preview RUN.yaml [key=value ...] [--rows N] [--strict]`: what a run would train on, before it does."""
+"""`rankwise data preview RUN.yaml [key=value ...] [--rows N] [--html PAGE] [--strict]`: what a run would train on."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from rankwise.cli.arguments import positive
@@ -20,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="settings on top of the run file, as in data.max_length=256; paths are relative to the current folder",
     )  # fmt: skip
     parser.add_argument("--rows", metavar="N", type=positive, default=DEFAULT_ROWS, help="examples to show")
+    parser.add_argument(
+        "--html", metavar="PAGE", help="also write a page with everything, and the lengths as a picture"
+    )
     parser.add_argument("--strict", action="store_true", help="warnings fail too (exit code 1)")
 
 
@@ -28,13 +32,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from rankwise.recipes.run import read_run
 
     config = read_run(args.run_file, args.overrides)
+    page_file = _page_file(args.html)
     from rankwise.data.preview import preview
+    from rankwise.files import write_text
     from rankwise.models.load import check_task, load_tokenizer
+    from rankwise.recipes.preview_page import page
 
     needs = config.train.needs
     check_task(config.model, needs.task)
-    document = preview(config.data, load_tokenizer(config.model), args.rows, needs.layout)
+    batching = (config.train.batch_size, config.train.micro_rows, config.train.seed)
+    document = preview(config.data, load_tokenizer(config.model), args.rows, needs.layout, batching)
     document["warnings"] += _refused_by_training(config.train.objective, document["splits"])
+    if page_file is not None:
+        write_text(page_file, page(document, f"Data of {Path(args.run_file).name}"))
+        document["page"] = str(page_file)
     problems, warnings = len(document["problems"]), len(document["warnings"])
     if problems:
         rows = counted(problems, "row")
@@ -42,6 +53,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     elif warnings and args.strict:
         document["error"] = {"code": 1, "message": "; ".join(document["warnings"])}
     return document
+
+
+def _page_file(name: str | None) -> Path | None:
+    """Where the page goes. Raises: RequestError when it can't be written there."""
+    if name is None:
+        return None
+    from rankwise.files import obstacle
+
+    path = Path(name).absolute()
+    if (found := obstacle(path.parent)) is not None or path.is_dir():
+        raise RequestError(f"the page '{path}' can't be written: {found or 'it is a folder'}; choose another --html")
+    return path
 
 
 def _refused_by_training(objective: str, splits: dict[str, dict[str, Any]]) -> list[str]:
@@ -65,6 +88,14 @@ def show(result: dict[str, Any]) -> None:
     console.print(_counts_table(result["splits"]))
     for name, split in result["splits"].items():
         console.print(f"{name}: {split['why']}", markup=False)
+    packing = result["packing"]
+    console.print(
+        f"micro batches are {'packed' if packing['packs'] else 'padded'}: {packing['efficiency']:.1%} of their "
+        f"positions are tokens (padded: {packing['padded_efficiency']:.1%})"
+    )
+    if result["languages"]:
+        console.print("languages, as guessed: " + ", ".join(f"{k} {v}" for k, v in result["languages"].items()))
+    _show_lengths(console, result["splits"]["train"]["histogram"])
     if result["examples"]:
         marks = "in green" if console.is_terminal else "between ⟦ and ⟧"
         console.print(f"\nExamples, trained parts {marks}:")
@@ -79,17 +110,34 @@ def show(result: dict[str, Any]) -> None:
         console.print(f"problem: {problem['file']}:{problem['line']}: {problem['reason']}", markup=False)
     if len(problems) > _SHOWN_PROBLEMS:
         console.print(f"... and {len(problems) - _SHOWN_PROBLEMS} more problems; --json lists all")
+    if "page" in result:
+        console.print(f"page: {result['page']}", markup=False)
+
+
+def _show_lengths(console: Any, histogram: dict[str, list[int]]) -> None:
+    """The training rows' lengths as bars, at most ten."""
+    edges, counts = histogram["edges"], histogram["counts"]
+    if not counts:
+        return
+    width = -(-len(counts) // 10)
+    bars = [(edges[at], edges[min(at + width, len(counts))], sum(counts[at : at + width])) for at in
+            range(0, len(counts), width)]  # fmt: skip
+    most = max(count for _, _, count in bars)
+    console.print("tokens a row (train):")
+    for low, high, count in bars:
+        console.print(f"{low:>7,} to {high - 1:>7,}  {'█' * round(40 * count / most):<40} {count:,}", markup=False)
 
 
 def _counts_table(splits: dict[str, dict[str, Any]]) -> Any:
     from rich.table import Table
 
+    from rankwise.recipes.preview_page import COUNTS
+
     table = Table()
     table.add_column("")
     for name in splits:
         table.add_column(name, justify="right")
-    fields = ("rows", "tokens", "trained_tokens", "truncated", "emptied", "duplicates", "leaks")
-    for field in fields:
+    for field in COUNTS:
         values = [split.get(field) for split in splits.values()]
         table.add_row(field.replace("_", " "), *("" if value is None else f"{value:,}" for value in values))
     for name in ("min", "median", "p95", "max"):

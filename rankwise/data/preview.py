@@ -1,4 +1,4 @@
-"""What a run would train on: counts, what is masked, duplicates, leaks, and every row that can't be used."""
+"""What a run would train on: counts, what is masked, lengths, duplicates, leaks, and every row that can't be used."""
 
 from __future__ import annotations
 
@@ -12,15 +12,25 @@ from rankwise.data.config import SKIP, WHOLE, DataConfig
 from rankwise.data.example import Example
 from rankwise.data.head_encoder import HEAD_LAYOUTS, HEAD_ROWS
 from rankwise.data.labels import Survey, imbalance_warning, labels_of, survey, survey_training
+from rankwise.data.lengths import SHOWN_OUTLIERS, histogram, outliers, padded_efficiency, shares
 from rankwise.data.loaded import Loaded, leak_warning, num_duplicates, num_leaked
 from rankwise.data.loader import accepted, load_split, to_stderr
+from rankwise.data.overlap import RUN_WORDS, Overlap, overlaps, said
 from rankwise.data.rows import Problem, tolerated
+from rankwise.data.store import Examples
 from rankwise.data.training_set import load_sources, training_set
 from rankwise.errors import counted
 
+LANGUAGE_ROWS = 500
+"""Training rows whose language is guessed, evenly spread."""
+
 
 def preview(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int = 3, layout: str = WHOLE
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int = 3,
+    layout: str = WHOLE,
+    batching: tuple[int, int, int] = (16, 4, 0),
 ) -> dict[str, Any]:
     """The document of `rankwise data preview`: counts of the training files, and more of each split in `splits`.
 
@@ -29,9 +39,11 @@ def preview(
         tokenizer: the model's.
         rows: how many examples to show, from the beginning.
         layout: how the objective lays rows out, a key of `rankwise.data.layouts.LAYOUTS`.
+        batching: rows of a step and of a micro batch, and the seed of their order: for what padding would cost.
 
     `duplicates`: training rows that are equal to an earlier one; `leaks`: rows of valid and test that are training rows
-    too, letter by letter. `problems` holds the rows of all files that can't be used; counts are of the others.
+    too, letter by letter; `near_duplicates`, `near_leaks` and `shared_runs` are of rows that are not equal
+    (`rankwise.data.overlap`). `problems` holds the rows of all files that can't be used; counts are of the others.
     `trained_spans` are the characters [start, end) of `text` that are trained on.
 
     Raises: RequestError for files that can't be read, a format that can't be told, or an unusable template.
@@ -46,12 +58,19 @@ def preview(
     leaks = {name: num_leaked(found.examples, train) for name, found in loaded.items() if name != "train"}
     for name, count in leaks.items():
         splits[name]["leaks"] = count
+    found = overlaps({name: part.examples for name, part in loaded.items()})
+    for name, overlap in found.items():
+        splits[name] |= _overlap(overlap, name == "train")
     return {
         **splits["train"],
         "leaks": sum(leaks.values()),
+        "near_leaks": sum(overlap.near_leaks for overlap in found.values()),
+        "shared_runs": sum(overlap.shared_runs for overlap in found.values()),
+        "languages": _languages(train),
+        "packing": _packing(train.column("tokens"), config.packing is True, batching),
         "problems": [_problem(problem) for bad in problems.values() for problem in bad],
         "warnings": _warnings(loaded, splits, leaks) + _skipped(problems, config.on_bad_row),
-        "notes": list(dict.fromkeys(note for found in loaded.values() for note in found.notes)),
+        "notes": _notes(loaded, found["train"]),
         "examples": [_shown(example) for example in train[:rows]],
         "splits": splits,
     }
@@ -104,7 +123,39 @@ def _split(loaded: Loaded) -> dict[str, Any]:
         "emptied": loaded.num_emptied,
         "duplicates": num_duplicates(loaded.examples),
         "lengths": _quantiles(lengths),
+        "histogram": histogram(lengths),
+        "outliers": len(far := outliers(lengths)),
+        "longest": [
+            {"file": example.file, "line": example.line, "tokens": len(example.input_ids)}
+            for example in (loaded.examples[row] for row in far[:SHOWN_OUTLIERS])
+        ],
     }
+
+
+def _overlap(overlap: Overlap, is_train: bool) -> dict[str, int]:
+    near = {"near_duplicates": overlap.near_duplicates}
+    return near if is_train else {**near, "near_leaks": overlap.near_leaks, "shared_runs": overlap.shared_runs}
+
+
+def _notes(loaded: dict[str, Loaded], overlap: Overlap) -> list[str]:
+    notes = list(dict.fromkeys(note for part in loaded.values() for note in part.notes))
+    if overlap.num_compared < overlap.num_training:
+        compared = f"{overlap.num_compared:,} of the {overlap.num_training:,} training rows"
+        notes.append(f"near rows are looked for among {compared}, evenly spread")
+    return notes
+
+
+def _packing(lengths: np.ndarray, packs: bool, batching: tuple[int, int, int]) -> dict[str, Any]:
+    padded = padded_efficiency(lengths, *batching)
+    return {"packs": packs, "efficiency": 1.0 if packs else padded, "padded_efficiency": padded}
+
+
+def _languages(train: Examples) -> dict[str, int]:
+    """How many of some rows are in which language (ISO 639-1), guessed by py3langid; short ones often wrongly."""
+    from py3langid import classify
+
+    places = np.unique(np.linspace(0, len(train) - 1, min(LANGUAGE_ROWS, len(train))).astype(int)) if len(train) else ()
+    return shares([str(classify(said(train[int(place)]))[0]) for place in places])
 
 
 def _problem(problem: Problem) -> dict[str, Any]:
@@ -126,7 +177,25 @@ def _warnings(loaded: dict[str, Loaded], splits: dict[str, dict[str, Any]], leak
             texts.append(f"{name}: {counted(split['duplicates'], 'row')} equal to an earlier row")
         if (uneven := imbalance_warning(split.get("labels", {}))) is not None:
             texts.append(f"{name}: {uneven}")
+        if split["near_duplicates"]:
+            texts.append(f"{name}: {counted(split['near_duplicates'], 'row')} nearly equal to an earlier row")
+        texts += near_warnings(name, split.get("near_leaks", 0), split.get("shared_runs", 0))
+        if split["outliers"]:
+            first = split["longest"][0]
+            place = f"{first['file']}:{first['line']}"
+            texts.append(
+                f"{name}: {counted(split['outliers'], 'row')} far longer than the others, up to {first['tokens']} "
+                f"tokens ({place})"
+            )
     return texts + [leak_warning(name, count) for name, count in leaks.items() if count]
+
+
+def near_warnings(split: str, near: int, shared: int) -> list[str]:
+    """What is said of rows that are not training rows, but nearly."""
+    texts = [f"{split}: {counted(near, 'row')} nearly equal to a training row"] if near else []
+    if shared:
+        texts.append(f"{split}: {counted(shared, 'row')} with {RUN_WORDS} words in a row that a training row has too")
+    return texts
 
 
 def _skipped(problems: dict[str, list[Problem]], on_bad_row: str) -> list[str]:
