@@ -21,6 +21,7 @@ import numpy as np
 
 from rankwise.data.example import Example
 from rankwise.data.store import Examples
+from rankwise.errors import counted
 
 if TYPE_CHECKING:
     from datasketch import MinHash
@@ -31,6 +32,8 @@ RUN_WORDS = 13
 PERMUTATIONS = 64
 MOST_ROWS = 20_000
 """Training rows compared for nearness: of more, evenly spread ones. Shared runs are looked for in all of them."""
+FEW_ROWS = 1_000
+"""Training rows, and rows of the other split, that are looked at before every run."""
 
 _LETTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_LETTERS}]|[^\W{_LETTERS}]+")
@@ -49,6 +52,14 @@ class Overlap:
     shared_runs: int
     num_compared: int
     num_training: int
+
+
+def near_warnings(split: str, near: int, shared: int) -> list[str]:
+    """What is said of rows that are not training rows, but nearly."""
+    texts = [f"{split}: {counted(near, 'row')} nearly equal to a training row"] if near else []
+    if shared:
+        texts.append(f"{split}: {counted(shared, 'row')} with {RUN_WORDS} words in a row that a training row has too")
+    return texts
 
 
 def said(example: Example) -> str:
@@ -113,7 +124,7 @@ def overlaps(splits: dict[str, Examples], most_rows: int = MOST_ROWS) -> dict[st
     train = splits["train"]
     keys = train.column("key")
     index = NearIndex()
-    chosen = np.unique(np.linspace(0, len(train) - 1, min(most_rows, len(train))).astype(int)) if len(train) else []
+    chosen = _spread(len(train), most_rows)
     near_in_train = _near(index, ((int(row), train[int(row)]) for row in chosen), keys, grows=True)
     result = {"train": Overlap(near_in_train, 0, 0, len(chosen), len(train))}
     others = {name: examples for name, examples in splits.items() if name != "train"}
@@ -125,6 +136,17 @@ def overlaps(splits: dict[str, Examples], most_rows: int = MOST_ROWS) -> dict[st
         duplicates = _near(NearIndex(), ((row, examples[row]) for row in most), own, grows=True)
         result[name] = Overlap(duplicates, near, shared[name], len(chosen), len(train))
     return result
+
+
+def overlap_in_short(train: Examples, other: Examples) -> Overlap:
+    """The overlap of `other` with `train`, looked for in few rows of both: for the beginning of every run."""
+    few = {name: examples.at(_spread(len(examples), FEW_ROWS)) for name, examples in (("train", train), ("", other))}
+    return overlaps(few)[""]
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    """At most `most` of `count` rows, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64)) if count else np.zeros(0, np.int64)
 
 
 def _near(

@@ -15,7 +15,7 @@ from rankwise.data.labels import Survey, imbalance_warning, labels_of, survey, s
 from rankwise.data.lengths import SHOWN_OUTLIERS, histogram, outliers, padded_efficiency, shares
 from rankwise.data.loaded import Loaded, leak_warning, num_duplicates, num_leaked
 from rankwise.data.loader import accepted, load_split, to_stderr
-from rankwise.data.overlap import RUN_WORDS, Overlap, overlaps, said
+from rankwise.data.overlap import Overlap, near_warnings, overlaps, said
 from rankwise.data.rows import Problem, tolerated
 from rankwise.data.store import Examples
 from rankwise.data.training_set import load_sources, training_set
@@ -58,19 +58,19 @@ def preview(
     leaks = {name: num_leaked(found.examples, train) for name, found in loaded.items() if name != "train"}
     for name, count in leaks.items():
         splits[name]["leaks"] = count
-    found = overlaps({name: part.examples for name, part in loaded.items()})
-    for name, overlap in found.items():
+    near = overlaps({name: part.examples for name, part in loaded.items()})
+    for name, overlap in near.items():
         splits[name] |= _overlap(overlap, name == "train")
     return {
         **splits["train"],
         "leaks": sum(leaks.values()),
-        "near_leaks": sum(overlap.near_leaks for overlap in found.values()),
-        "shared_runs": sum(overlap.shared_runs for overlap in found.values()),
+        "near_leaks": sum(overlap.near_leaks for overlap in near.values()),
+        "shared_runs": sum(overlap.shared_runs for overlap in near.values()),
         "languages": _languages(train),
         "packing": _packing(train.column("tokens"), config.packing is True, batching),
         "problems": [_problem(problem) for bad in problems.values() for problem in bad],
         "warnings": _warnings(loaded, splits, leaks) + _skipped(problems, config.on_bad_row),
-        "notes": _notes(loaded, found["train"]),
+        "notes": _notes(loaded, near["train"]),
         "examples": [_shown(example) for example in train[:rows]],
         "splits": splits,
     }
@@ -188,14 +188,6 @@ def _warnings(loaded: dict[str, Loaded], splits: dict[str, dict[str, Any]], leak
                 f"tokens ({place})"
             )
     return texts + [leak_warning(name, count) for name, count in leaks.items() if count]
-
-
-def near_warnings(split: str, near: int, shared: int) -> list[str]:
-    """What is said of rows that are not training rows, but nearly."""
-    texts = [f"{split}: {counted(near, 'row')} nearly equal to a training row"] if near else []
-    if shared:
-        texts.append(f"{split}: {counted(shared, 'row')} with {RUN_WORDS} words in a row that a training row has too")
-    return texts
 
 
 def _skipped(problems: dict[str, list[Problem]], on_bad_row: str) -> list[str]:

@@ -11,6 +11,7 @@ from rankwise.data.cache import Say
 from rankwise.data.formats import FORMATS
 from rankwise.data.labels import check_labels
 from rankwise.data.loaded import Loaded, num_leaked
+from rankwise.data.overlap import Overlap, overlap_in_short
 from rankwise.data.loader import accepted, check_any, load_split
 from rankwise.data.rows import BadRows, Problem
 from rankwise.data.splits import AUTO_LEAST_ROWS
@@ -40,6 +41,8 @@ class RunData:
     """Validation rows that are training rows too, letter by letter."""
     labels: Labels | None = None
     """What a classifier tells apart."""
+    overlap: Overlap | None = None
+    """Of the validation rows with training rows, looked for in few of both."""
 
     @property
     def train(self) -> Loaded:
@@ -131,8 +134,9 @@ def load_data(run: RunConfig, say: Say) -> RunData:
         rows = counted(len(training.train.examples), "row")
         run.check_not_evaluated(f"without data.valid (of {rows}, fewer than {AUTO_LEAST_ROWS}, none is held out)")
     leaked = num_leaked(valid.examples, training.train.examples) if valid is not None else 0
+    overlap = overlap_in_short(training.train.examples, valid.examples) if valid is not None else None
     stop_ids = stop_token_ids(tokenizer, config, layout) if run.train.needs.generates else ()
-    return RunData(tokenizer, training, valid, stop_ids, leaked, labels)
+    return RunData(tokenizer, training, valid, stop_ids, leaked, labels, overlap)
 
 
 def check_objective(objective: str, split: str, format: str, why: str) -> None:

@@ -12,6 +12,7 @@ from rankwise.attach.checkpoint import read_config
 from rankwise.attach.inject import adapter_layers, describe, ranks
 from rankwise.data.config import BY_HASH, BY_ROW
 from rankwise.data.loaded import leak_warning
+from rankwise.data.overlap import near_warnings
 from rankwise.errors import counted
 from rankwise.quantized import storage_in
 from rankwise.recipes.finetune_data import RunData
@@ -97,6 +98,9 @@ def _data_lines(run: RunConfig, data: RunData) -> list[str]:
         lines.append(
             f"          warning: {leak_warning('valid', data.num_leaked)}; the validation loss is too good there"
         )
+    if data.overlap is not None:
+        found = near_warnings("valid", data.overlap.near_leaks, data.overlap.shared_runs)
+        lines += [f"          warning: {text}; see `rankwise data preview`" for text in found]
     return lines
 
 

@@ -118,3 +118,16 @@ def test_any_columns_of_any_file(tmp_path, model, capsys):
     assert "did you mean 'answer'" in message
     for wrong in ("data.columns.completion={answer!r}", "data.on_bad_row=drop"):
         assert main(["data", "preview", path, wrong]) == 2
+
+
+def test_html_page(tmp_path, model, capsys):
+    write_rows(tmp_path / "train.jsonl", [messages("Hi", "Yo"), messages("Hm", "Oh")])
+    path, page = run_file(tmp_path, model, "train.jsonl"), tmp_path / "page.html"
+    assert main(["data", "preview", path, "--html", str(page), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["page"] == str(page)
+    assert page.read_text().startswith("<!doctype html>") and "<mark>Yo" in page.read_text()
+    assert main(["data", "preview", path]) == 0
+    assert "micro batches are packed: 100.0% of their positions are tokens" in capsys.readouterr().out
+    for wrong in (tmp_path, page / "inside.html"):
+        assert main(["data", "preview", path, "--html", str(wrong), "--json"]) == 2
+        assert str(wrong) in json.loads(capsys.readouterr().out)["error"]["message"]

@@ -81,7 +81,7 @@ def test_histogram_counts_every_row():
 
 
 def test_outliers_are_far_beyond_the_quartiles():
-    assert outliers(np.array([10, 11, 12, 13, 14, 90, 500])) == [6, 5]
+    assert outliers(np.array([10, 11, 12, 13, 14, 10, 11, 12, 90, 500])) == [9, 8]
     assert outliers(np.array([10, 11, 12, 13, 14])) == [] and outliers(np.array([1, 900])) == []
 
 
@@ -98,3 +98,13 @@ def test_padding_is_that_of_training():
 
 def test_shares_are_sorted_and_bounded():
     assert shares(["b", "a", "b", "c"], most=2) == {"b": 2, "a": 1, "other": 1}
+
+
+def test_the_short_look_finds_what_lies_in_few_rows(tmp_path):
+    base = sentence(0)
+    train = loaded(tmp_path / "train.jsonl", [" ".join(base), " ".join(sentence(1))])
+    valid = loaded(tmp_path / "valid.jsonl", [" ".join(["new", *base[1:]]), " ".join(sentence(2))])
+    found = overlap_module.overlap_in_short(train, valid)
+    assert (found.near_leaks, found.shared_runs) == (1, 1)
+    assert [text.split(":")[0] for text in overlap_module.near_warnings("valid", 1, 1)] == ["valid", "valid"]
+    assert overlap_module.near_warnings("valid", 0, 0) == []
