@@ -11,8 +11,8 @@ from rankwise.data.cache import Say
 from rankwise.data.formats import FORMATS
 from rankwise.data.labels import check_labels
 from rankwise.data.loaded import Loaded, num_leaked
-from rankwise.data.overlap import Overlap, overlap_in_short
 from rankwise.data.loader import accepted, check_any, load_split
+from rankwise.data.overlap import Overlap, overlap_in_short
 from rankwise.data.rows import BadRows, Problem
 from rankwise.data.splits import AUTO_LEAST_ROWS
 from rankwise.data.templates import stop_token_ids
