@@ -258,4 +258,4 @@ def _rehearse(job: Job) -> None:
     if job.objective.count(batch):
         with untouched(job.model, job.model.device):
             job.objective.losses(job.model, batch)
-        job.objective.meter.pour({})  # no figure of the rehearsal goes into the run's
+    job.objective.meter.pour({})  # no figure of the rehearsal goes into the run's

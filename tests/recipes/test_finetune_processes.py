@@ -18,6 +18,7 @@ from rankwise.train.state import checkpoint_folders
 from tests import tiny
 from tests.processes import Processes
 from tests.recipes.runs import adapter_bytes, interrupting, metrics, settings, unmeasured
+from tests.train.objective_cases import CASES as OBJECTIVE_CASES
 
 TOLERANCE = 1e-5
 
@@ -95,6 +96,22 @@ def test_losses_of_two_processes_are_those_of_one(
     assert one.keys() == two.keys() and max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-4
     samples = [(tmp_path / output / "samples.jsonl").read_text() for output in ("one", "two")]
     assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "seq2seq"])
+def test_other_objectives_on_a_spread_base(objective: str, tmp_path: Path, two_processes: Processes) -> None:
+    """The reference of `dpo` is the spread base too; T5's scaled, tied head is whole only inside of a forward."""
+    case = OBJECTIVE_CASES[objective]
+    case.save_model(tmp_path / "model")
+    case.write_rows(tmp_path / "train.jsonl", 12)
+    case.write_rows(tmp_path / "valid.jsonl", 4, seed=1)
+    changes = {"objective": objective, "steps": 4, "evaluate_every": 2, "save_every": None}
+    train(run_of(tmp_path, tmp_path / "one", {}, **changes), quiet=True)
+    two_processes(train_here, run_of(tmp_path, tmp_path / "two", {}, sharding="full", **changes))
+    assert largest_difference(tmp_path / "two", tmp_path / "one") < TOLERANCE
+    figures = [[line[name] for line in metrics(tmp_path / output) for name in sorted(line) if "reward" in name]
+               for output in ("one", "two")]  # fmt: skip
+    assert bool(figures[0]) == (objective == "dpo") and figures[1] == pytest.approx(figures[0], abs=1e-4)
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
