@@ -10,7 +10,7 @@ from typing import Any
 
 from rankwise.config import build
 from rankwise.data.columns import Columns
-from rankwise.data.fields import ANSWERS
+from rankwise.data.fields import ANSWERS, PREFERENCES
 from rankwise.data.formats import FORMATS
 from rankwise.errors import RequestError, did_you_mean
 
@@ -174,7 +174,7 @@ class DataConfig:
             check_columns(self.columns)
         if self.system is not None and not self.system.strip():
             raise RequestError("data.system is empty; write a system prompt, or null for none")
-        if self.system is not None and self.format != AUTO and FORMATS[self.format].rows != ANSWERS:
+        if self.system is not None and self.format != AUTO and FORMATS[self.format].rows not in (ANSWERS, PREFERENCES):
             raise RequestError(f"data.system has no effect on rows of format {self.format}; leave it out")
         if self.format == "text" and self.chat_template != AUTO:
             raise RequestError(text_has_no_template(self.chat_template))

@@ -159,11 +159,13 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format(("instruction", "output"), from_alpaca, optional=("input", "system", "history")),
     "sharegpt": Format(("conversations",), from_sharegpt, optional=("system", "tools")),
     "translation": Format(("translation",), from_translation),
-    "preference": Format(("chosen", "rejected"), from_preference, rows=PREFERENCES),
-    "label": Format(("text|sentence1", "label"), from_label, rows=LABELLED),
-    "labels": Format(("text|sentence1", "labels"), from_labels, rows=LABELLED),
+    "preference": Format(
+        ("chosen", "rejected"), from_preference, rows=PREFERENCES, optional=("prompt", "system", "tools")
+    ),
+    "label": Format(("text|sentence1", "label"), from_label, rows=LABELLED, optional=("text_pair", "sentence2")),
+    "labels": Format(("text|sentence1", "labels"), from_labels, rows=LABELLED, optional=("text_pair", "sentence2")),
     "tags": Format(("words|tokens", "tags|ner_tags"), from_tags, rows=TAGGED),
-    "pairs": Format(("anchor|query", "positive"), from_pairs, rows=PAIRED),
+    "pairs": Format(("anchor|query", "positive"), from_pairs, rows=PAIRED, optional=("negative", "negatives")),
 }
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from rankwise.data.columns import Columns
 from rankwise.data.config import AUTO, BY_KEYS, ERROR, Reading
-from rankwise.data.fields import ANSWERS, SYSTEM, TOOLS, RowError, Turn, Turns
+from rankwise.data.fields import ANSWERS, PREFERENCES, SYSTEM, TOOLS, RowError, Turn, Turns
 from rankwise.data.formats import FORMATS, detect
+from rankwise.data.preferences import REJECTED
 from rankwise.data.readers.records import Fault, Item, Record, type_name
 from rankwise.data.sources import Part, expand, parts
 from rankwise.errors import RequestError, counted
@@ -200,7 +201,7 @@ def _check_effects(reading: Reading, format: str, file: str) -> None:
             f"data.columns.{unread} has no effect on the rows of '{file}', of format {format}, which has the fields "
             f"{', '.join(known)}; leave it out"
         )
-    if reading.system is not None and FORMATS[format].rows != ANSWERS:
+    if reading.system is not None and FORMATS[format].rows not in (ANSWERS, PREFERENCES):
         raise RequestError(f"data.system has no effect on the rows of '{file}', of format {format}; leave it out")
 
 
@@ -215,9 +216,12 @@ def _row(file: str, record: Record, format: str, columns: Columns | None, readin
 
 
 def _with_system(turns: Turns, system: str | None) -> Turns:
-    """The turns, with the system prompt in front where they have none."""
+    """The turns, with the system prompt in front where they have none; of a preference pair, in both conversations."""
     if system is None or any(turn.role == SYSTEM for turn in turns):
         return turns
+    mark = next((place for place, turn in enumerate(turns) if turn.role == REJECTED), None)
+    if mark is not None:
+        return *_with_system(turns[:mark], system), turns[mark], *_with_system(turns[mark + 1 :], system)
     num_tools = sum(turn.role == TOOLS for turn in turns)
     return *turns[:num_tools], Turn(SYSTEM, system), *turns[num_tools:]
 

@@ -10,6 +10,7 @@ from rankwise.config import build
 from rankwise.data.columns import Columns
 from rankwise.data.config import DataConfig, Reading
 from rankwise.data.fields import RowError
+from rankwise.data.preferences import both
 from rankwise.data.rows import read_rows
 from rankwise.errors import RequestError
 from tests.data.builders import turns, write_rows
@@ -145,3 +146,25 @@ def test_settings_are_what_reading_takes():
     config = build(DataConfig, {"train": "a", "columns": columns, "system": "s", "text_rows": "paragraph"}, "data")
     assert config.reading == Reading("auto", "paragraph", columns, "s")
     assert json.dumps(config.columns) == json.dumps(columns)
+
+
+def test_a_system_prompt_stands_in_both_conversations_of_a_pair(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"ask": "q", "good": "a", "bad": "b"}])
+    columns = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    (row,) = read_rows(path, Reading(columns=columns, system="s")).rows
+    assert both(row.turns) == (turns("q", "a", system="s"), turns("q", "b", system="s"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "format"),
+    [
+        ({"text": "a", "label": "b"}, "label"),
+        ({"text": "a", "text_pair": "c", "label": "b"}, "label"),
+        ({"anchor": "a", "positive": "b", "negative": "c"}, "pairs"),
+        ({"words": "d", "tags": "d"}, "tags"),
+    ],
+)
+def test_every_format_takes_its_optional_fields(tmp_path, columns, format):
+    path = write_rows(tmp_path / "rows.jsonl", [{"a": "x", "b": "y", "c": "z", "d": ["x"]}])
+    found = read_rows(path, Reading(columns=columns))
+    assert (found.format, found.problems, len(found.rows)) == (format, (), 1)

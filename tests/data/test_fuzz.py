@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.data.columns import Columns
-from rankwise.data.config import DataConfig, Reading
+from rankwise.data.config import WHOLE, DataConfig, Reading
+from rankwise.data.encoder import Encoder
 from rankwise.data.fields import RowError
 from rankwise.data.file_kinds import COMPRESSIONS, FILE_KINDS
 from rankwise.data.formats import FORMATS
-from rankwise.data.loader import encode
 from rankwise.data.readers.records import Record
 from rankwise.data.rows import Row, Rows, read_rows
 from rankwise.data.sources import parts
@@ -129,12 +129,12 @@ def test_any_conversation_through_a_template(template):
         except RowError:
             return
         try:
-            loaded, problems = encode(Rows((Row("f", 1, turns),), (), "messages", "", 0), tokenizer, config)
+            chunk = Encoder(tokenizer, config, WHOLE).encode([Row("f", 1, turns)])
         except RequestError as error:
             assert error.message
             return
-        assert len(problems) + loaded.num_rows == 1
-        for example in loaded.examples:
+        assert len(chunk.problems) + chunk.counts.rows == 1
+        for example in chunk.examples:
             assert len(example.input_ids) == len(example.labels) <= 100 and example.num_trained > 0
             trained = "".join(example.text[slice(*span)] for span in example.spans)
             silent = [turn.content.strip() for turn in turns if turn.role == "tool"]
