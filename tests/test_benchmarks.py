@@ -68,3 +68,13 @@ def test_every_script_runs(command: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     subprocess.run([sys.executable, str(BENCHMARKS / command[0]), *command[1:], "--out", str(out)], check=True)
     assert json.loads(out.read_text())["rows"]
+
+
+@pytest.mark.slow
+def test_fifty_steps_learn_what_the_plain_path_learns(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, str(BENCHMARKS / "loss_curves.py"), "--size", "tiny", "--out", str(out)]
+    subprocess.run(command, check=True)
+    found = json.loads(out.read_text())
+    assert found["rows"][0]["largest_difference"] < 1e-4
+    assert found["curves"]["ours"][-1] < found["curves"]["ours"][0] - 0.3

@@ -218,7 +218,8 @@ def load_adapter(model: Model, folder: Path_, trainable: bool = False) -> Model:
     config, tensors, head = read_config(folder), read_tensors(folder), read_head(folder)
     attachment = need_active(model, "load an adapter") if attachment_of(model) is not None else None
     if attachment is not None and _same_layout(own := file_tensors(model), attachment, config, tensors):
-        attachment.config = config.with_(target_modules=attachment.config.target_modules)
+        if config != attachment.config:
+            attachment.config = config.with_(target_modules=attachment.config.target_modules)
         _copy(own, tensors)
         parameters: Iterable[Tensor] = attachment.saved_parameters(model).values()
         if attachment.exchanged:
@@ -265,7 +266,7 @@ def _same_layout(
     shapes = {name: tensor.shape for name, tensor in own.items()}
     if attachment.holds_embeddings or shapes != {name: tensor.shape for name, tensor in tensors.items()}:
         return False
-    return _layout(mine) == _layout(config)
+    return mine == config or _layout(mine) == _layout(config)
 
 
 def _layout(config: LoraConfig) -> dict[str, object]:
