@@ -185,7 +185,8 @@ def _refuse_quantized(model: nn.Module, names: list[str], option: str) -> None:
             if (storage := storage_of(module)) is not None:
                 raise RequestError(
                     f"{option} names '{name}', whose weight '{inner}.weight' is stored in {storage} and can't be "
-                    f"trained; load it plain (BitsAndBytesConfig: llm_int8_skip_modules=['{name}']), or leave it out"
+                    "trained; leave it out, load the model unquantised, or keep this part plain where you load it "
+                    f"yourself (BitsAndBytesConfig: llm_int8_skip_modules=['{name}'])"
                 )
 
 
