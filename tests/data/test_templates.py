@@ -18,6 +18,11 @@ from tests.data.builders import (
     GENERATION_WITHOUT_END,
     LLAMA3,
     MISTRAL,
+    PHI3,
+    PHI4,
+    QWEN3,
+    QWEN25,
+    SMOLLM2,
     SYSTEM_IN_LAST_USER_TURN,
     THINKING,
     adding_bos,
@@ -47,6 +52,19 @@ FAMILIES = {
     "generation": (lambda: tiny.tiny_tokenizer(GENERATION), "<|im_end|>"),
     "thinking": (lambda: tiny.tiny_tokenizer(THINKING), "<|im_end|>"),
     "plain": (lambda: tiny.tiny_tokenizer(None), "<|im_end|>"),
+    "smollm2": (lambda: tiny.tiny_tokenizer(SMOLLM2), "<|im_end|>"),
+    "qwen2.5": (lambda: tiny.tiny_tokenizer(QWEN25), "<|im_end|>"),
+    "qwen3": (lambda: tiny.tiny_tokenizer(QWEN3), "<|im_end|>"),
+    "phi3": (
+        lambda: tokenizer_of(
+            PHI3, ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|endoftext|>"), eos="<|endoftext|>"
+        ),
+        "<|end|>",
+    ),
+    "phi4": (
+        lambda: tokenizer_of(PHI4, ("<|im_start|>", "<|im_sep|>", "<|im_end|>", "<|endoftext|>"), eos="<|endoftext|>"),
+        "<|im_end|>",
+    ),
 }
 
 GOLDEN = {
@@ -76,6 +94,28 @@ GOLDEN = {
     "plain": (
         "### User:\nHi\n\n### Assistant:\n⟦Hello, 世界!<|im_end|>⟧\n\n"
         "### User:\nAgain\n\n### Assistant:\n⟦Bye 🎉<|im_end|>⟧"
+    ),
+    "smollm2": (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello, 世界!<|im_end|>⟧\n"
+        "<|im_start|>user\nAgain<|im_end|>\n<|im_start|>assistant\n⟦Bye 🎉<|im_end|>⟧\n"
+    ),
+    "qwen2.5": (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello, 世界!<|im_end|>⟧\n"
+        "<|im_start|>user\nAgain<|im_end|>\n<|im_start|>assistant\n⟦Bye 🎉<|im_end|>⟧\n"
+    ),
+    "qwen3": (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello, 世界!<|im_end|>⟧\n"
+        "<|im_start|>user\nAgain<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nBye 🎉<|im_end|>⟧\n"
+    ),
+    "phi3": (
+        "<|user|>\nHi<|end|>\n<|assistant|>\n⟦Hello, 世界!<|end|>⟧\n"
+        "<|user|>\nAgain<|end|>\n<|assistant|>\n⟦Bye 🎉<|end|>⟧\n<|endoftext|>"
+    ),
+    "phi4": (
+        "<|im_start|>user<|im_sep|>Hi<|im_end|><|im_start|>assistant<|im_sep|>⟦Hello, 世界!<|im_end|>⟧"
+        "<|im_start|>user<|im_sep|>Again<|im_end|><|im_start|>assistant<|im_sep|>⟦Bye 🎉<|im_end|>⟧"
     ),
 }
 ROW = messages("Hi", "Hello, 世界!", "Again", "Bye 🎉")
@@ -123,6 +163,35 @@ def test_generation_stops_on_the_trained_end(family):
     assert ids[0] == tokenizer.convert_tokens_to_ids(end)
     assert tokenizer.eos_token_id in ids
     assert len(set(ids)) == len(ids)
+
+
+def test_qwen3_keeps_the_last_thought_and_a_row_with_an_earlier_one_is_bad(tmp_path):
+    thought = "<think>\nhm\n</think>\n\nBye"
+    example = example_of(tmp_path, tiny.tiny_tokenizer(QWEN3), messages("Hi", "Yo", "Again", thought))
+    assert marked(example).endswith("<|im_start|>assistant\n⟦<think>\nhm\n</think>\n\nBye<|im_end|>⟧\n")
+    with pytest.raises(BadRows, match="changes answer 1"):
+        example_of(tmp_path, tiny.tiny_tokenizer(QWEN3), messages("Hi", thought, "Again", "Yo"))
+
+
+def test_qwen25_writes_tools_and_trains_on_calls_but_not_on_results(tmp_path):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Rome"}}}
+    row = {
+        "tools": tools,
+        "messages": [
+            {"role": "user", "content": "Rome?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "sunny"},
+            {"role": "assistant", "content": "Sunny."},
+        ],
+    }
+    written = marked(example_of(tmp_path, tiny.tiny_tokenizer(QWEN25), row))
+    assert '"name": "weather"' in written.split("<|im_end|>")[0]
+    assert written.endswith(
+        "<|im_start|>user\nRome?<|im_end|>\n<|im_start|>assistant\n⟦<tool_call>\n"
+        '{"name": "weather", "arguments": {"place": "Rome"}}\n</tool_call><|im_end|>⟧\n'
+        "<|im_start|>user\n<tool_response>\nsunny\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦Sunny.<|im_end|>⟧\n"
+    )
 
 
 def test_answers_that_a_template_trims_are_found(tmp_path):
