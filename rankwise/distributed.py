@@ -75,6 +75,11 @@ def local_rank() -> int:
     return _number("LOCAL_RANK", 0) if launched_processes() > 1 else 0
 
 
+def local_world_size() -> int:
+    """How many processes work together on this machine."""
+    return _number("LOCAL_WORLD_SIZE", world_size()) if world_size() > 1 else 1
+
+
 def is_restart() -> bool:
     """Whether torchrun has started this process again after one of the job failed (`--max-restarts`)."""
     return launched_processes() > 1 and _number("TORCHELASTIC_RESTART_COUNT", 0) > 0

@@ -18,11 +18,14 @@ class Failed(AssertionError):
 
 
 class Processes:
-    """`count` processes as torchrun would start them. A case that raises on some leaves them usable, one that hangs
-    does not.
-    """
+    """`count` processes as torchrun would start them; after a case that failed, new ones."""
 
     def __init__(self, count: int) -> None:
+        self.count = count
+        self.start()
+
+    def start(self) -> None:
+        count = self.count
         context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.workers = []
@@ -40,13 +43,15 @@ class Processes:
             pipe.send((case, arguments))
         results = []
         for pipe in self.pipes:
-            if not pipe.poll(TIMEOUT_S):
-                self.stop()
-                raise Failed(f"{case.__name__} hangs")
-            results.append(pipe.recv())
-        for fine, result in results:
-            if not fine:
-                raise Failed(result)
+            try:
+                results.append(pipe.recv() if pipe.poll(TIMEOUT_S) else (False, f"{case.__name__} hangs"))
+            except EOFError:
+                results.append((False, f"a process died of {case.__name__}"))
+        failures = [result for fine, result in results if not fine]
+        if failures:
+            self.stop()
+            self.start()
+            raise Failed("\n".join(failures))
         return [result for _, result in results]
 
     def stop(self) -> None:

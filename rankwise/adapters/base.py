@@ -35,12 +35,16 @@ class AdapterLayer(nn.Module, ABC):
 
     base: nn.Module
     active: bool
+    borrows_base: bool
+    """Whether the base's weight is whole during the layer's forward only, and lies elsewhere each time: it is spread
+    over processes."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         base.requires_grad_(False)
         self.base = base
         self.active = True
+        self.borrows_base = False
 
     @property
     def weight(self) -> Tensor:

@@ -53,7 +53,9 @@ class DoraLayer(LowRankLayer):
         """The gain g = m / ||W + s B A||; the norm is computed again when W, A or B has changed."""
         if torch.compiler.is_compiling():
             return self.magnitude / self._norm()
-        gain = self.magnitude / self._norms.of((self.lora_A, self.lora_B, self.weight), self._norm)
+        # a base that is borrowed anew each time is frozen all the same: its address says nothing
+        sources = (self.lora_A, self.lora_B, *(() if self.borrows_base else (self.weight,)))
+        gain = self.magnitude / self._norms.of(sources, self._norm)
         if gain.requires_grad:
             gain.register_hook(self._forget_norm)
         return gain

@@ -47,7 +47,16 @@ class Derived:
         return copy if copy.dtype == dtype else _stacked(parameters, dtype)
 
     def drop(self) -> None:
-        """Forgets the tensor."""
+        """Called in a backward pass, forgets the tensor when that has ended.
+
+        A pass that computes activations again must not find less than the forward pass did: it would then record more
+        operations than selective checkpointing knows of.
+        """
+        # torch's only way to the end of a backward pass, which its own data-parallel modules take too
+        engine = torch.autograd.Variable._execution_engine  # pyright: ignore[reportPrivateUsage]
+        engine.queue_callback(self._forget)
+
+    def _forget(self) -> None:
         self._made = None
 
     def __reduce__(self) -> tuple[type[Derived], tuple[()]]:

@@ -24,6 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="the longest answer; not given: 128")
     parser.add_argument("--copy", action="store_true", help="also score the prompt itself as the answer")
+    parser.add_argument(
+        "--sharding", default="none", metavar="none|node|full",
+        help="under torchrun: full leaves each process its share of the model only",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -35,6 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         data=args.data, metrics=None if metrics is None else tuple(metrics), rows=args.rows,
         batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, precision=args.precision,
         max_length=args.max_length, chat_template=args.chat_template, copy=args.copy,
+        sharding=args.sharding,
     )  # fmt: skip
     return evaluate(args.target, config, base=args.base, device=args.device, progress=True)
 

@@ -43,7 +43,9 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("rankwise.cli.demo", "fine-tune a real 135M model on this machine, measure it, merge it"),
     "train": Command("rankwise.cli.train", "one fine-tuning run from a run file", takes_processes=True),
     "data preview": Command("rankwise.cli.data", "what is masked and what is trained on, before training"),
-    "evaluate": Command("rankwise.cli.evaluate", "loss and answers of a model, adapter or run on a data file"),
+    "evaluate": Command(
+        "rankwise.cli.evaluate", "loss and answers of a model, adapter or run on a data file", takes_processes=True
+    ),
     "merge": Command("rankwise.cli.merge", "an adapter folded into its model, with a certificate"),
     "generate": Command("rankwise.cli.generate", "answers to prompts"),
     "chat": Command("rankwise.cli.chat", "a conversation in the terminal"),
@@ -261,8 +263,10 @@ def overview(prefix: str = "") -> str:
 
 
 def _fail(code: int, message: str, as_json: bool) -> int:
-    if _is_one_of_many() and not _speaks(message):
-        return code
+    if _is_one_of_many():
+        if not _speaks(message):
+            return code
+        as_json = as_json and not _has_another_try()  # one document: that of the last attempt
     if as_json:
         _print_json({"error": {"code": code, "message": message}})
     print(f"rankwise: error: {message}", file=sys.stderr)
@@ -281,6 +285,12 @@ def _speaks(message: str) -> bool:
         with contextlib.suppress(OSError):  # the report then says less; the message is on stderr anyhow
             Path(file).write_text(json.dumps(document), encoding="utf-8")
     return True
+
+
+def _has_another_try() -> bool:
+    """Whether torchrun starts the job again when it fails."""
+    done, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return int(done) < int(most)
 
 
 def _print_json(document: Mapping[str, Any]) -> None:

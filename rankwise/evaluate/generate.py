@@ -17,7 +17,7 @@ from rankwise import distributed
 from rankwise.errors import RequestError
 from rankwise.evaluate.progress import progress_bar
 from rankwise.evaluate.rounds import rounds
-from rankwise.models.sharding import is_sharded
+from rankwise.models.sharding import inside_forward, is_sharded
 
 
 def generate_answers(
@@ -47,17 +47,15 @@ def generate_answers(
         _begin_as_the_model_does(model, settings)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     own: dict[int, str] = {}
-    generate: Any = model.generate
     was_training = model.training
     model.eval()
-    in_step = is_sharded(model)  # a process whose answers have ended goes on with forward passes until all have
     num_own = len(distributed.dealt(order))
     try:
         with torch.no_grad(), contiguous_head(model), progress_bar("generating", num_own, progress) as advance:
             for chosen in rounds(order, batch_size, model):
                 rows = [prompts[i] for i in chosen or order[-1:]]
                 ids, mask = padded(rows, pad_id, model.device, on_left=not apart)
-                output = generate(input_ids=ids, attention_mask=mask, generation_config=settings, synced_gpus=in_step)
+                output = _generated(model, ids, mask, settings)
                 begin = 1 if apart else ids.shape[1]  # a decoder of its own begins with its start token
                 for i, row in zip(chosen, output[:, begin:].tolist(), strict=False):
                     own[i] = answer_text(tokenizer, row, stops)
@@ -66,6 +64,18 @@ def generate_answers(
         model.train(was_training)
     answers = {i: answer for share in distributed.gathered(own) for i, answer in share.items()}
     return [answers[i] for i in range(len(prompts))]
+
+
+def _generated(model: PreTrainedModel, ids: Tensor, mask: Tensor, settings: GenerationConfig) -> Tensor:
+    """Where the model is spread over processes, one whose answers have ended goes on with passes until all have."""
+    generate: Any = model.generate
+    if not is_sharded(model):
+        return generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    # an encoder is called by itself, and finds the parameters around the blocks whole only inside the model's forward
+    return inside_forward(
+        model,
+        lambda: generate(input_ids=ids, attention_mask=mask, generation_config=settings, synced_gpus=True),
+    )
 
 
 def _check(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> None:

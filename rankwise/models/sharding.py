@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from transformers import PreTrainedModel
 
 from rankwise import distributed
+from rankwise.adapters.base import AdapterLayer
 from rankwise.errors import RequestError
 
 METHOD = "rankwise_inside_forward"
@@ -31,8 +32,11 @@ METHOD = "rankwise_inside_forward"
 T = TypeVar("T")
 
 
-def shard(model: PreTrainedModel, whole: Iterable[Tensor], device: torch.device) -> None:
-    """Spreads the model's parameters over all processes, in place, except for those in `whole`; all go to `device`.
+def shard(model: PreTrainedModel, whole: Iterable[Tensor], device: torch.device, num_shares: int) -> None:
+    """Cuts the model's parameters into shares, in place, except for those in `whole`; all go to `device`.
+
+    With as many shares as processes each holds one. With fewer, so many neighbouring processes hold one copy together:
+    the processes of a machine, whose exchange is fast. Copies never meet, for what is cut is frozen.
 
     The model may lie on the CPU before: block after block is moved, cut and let go, so that the device never holds more
     than one whole block beside the shares.
@@ -41,7 +45,8 @@ def shard(model: PreTrainedModel, whole: Iterable[Tensor], device: torch.device)
     """
     kept = {tensor for tensor in whole if isinstance(tensor, nn.Parameter)}
     _check_plain(model, kept)
-    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    copies = distributed.world_size() // num_shares
+    mesh = init_device_mesh(device.type, (copies, num_shares), mesh_dim_names=("copies", "shares"))["shares"]
     with torch.no_grad():
         for module in [*blocks(model), model]:
             fully_shard(module, mesh=mesh, ignored_params=kept)
@@ -51,6 +56,9 @@ def shard(model: PreTrainedModel, whole: Iterable[Tensor], device: torch.device)
             for name, buffer in owner._buffers.items():
                 if buffer is not None:
                     owner._buffers[name] = buffer.to(device)
+    for module in model.modules():
+        if isinstance(module, AdapterLayer):
+            module.borrows_base = True
     object.__setattr__(model, METHOD, _call)
     register_fsdp_forward_method(model, METHOD)
     model.eval()
@@ -94,7 +102,7 @@ def _check_plain(model: nn.Module, kept: set[nn.Parameter]) -> None:
     for name, parameter in model.named_parameters():
         if parameter not in kept and not (parameter.is_floating_point() and type(parameter) is nn.Parameter):
             raise RequestError(
-                f"train.sharding: full can't cut '{name}' ({type(parameter).__name__}, {parameter.dtype}): only plain "
+                f"train.sharding can't cut '{name}' ({type(parameter).__name__}, {parameter.dtype}): only plain "
                 "floating-point weights can be spread over processes; set train.sharding=none, where each process "
                 "holds the whole quantised base"
             )
@@ -113,6 +121,6 @@ def _check_plain(model: nn.Module, kept: set[nn.Parameter]) -> None:
         if first.setdefault(parameter, owner) is not owner and parameter not in kept:
             name = next(name for name, other in model.named_parameters() if other is parameter)
             raise RequestError(
-                f"train.sharding: full cuts a model block by block, and '{name}' is shared between blocks of "
+                f"train.sharding cuts a model block by block, and '{name}' is shared between blocks of "
                 f"{type(model).__name__}; set train.sharding=none"
             )

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rankwise import distributed
 from rankwise.attach.inject import disabled
 from rankwise.data.config import DataConfig
 from rankwise.data.example import Example
@@ -19,11 +20,12 @@ from rankwise.data.loaded import Loaded
 from rankwise.data.loader import load_examples
 from rankwise.data.rows import Findings, iter_rows
 from rankwise.data.templates import stop_token_ids
-from rankwise.errors import RequestError
+from rankwise.errors import RequestError, did_you_mean
 from rankwise.evaluate.answers import LOSS_METRICS, METRICS, check_metrics, score
 from rankwise.evaluate.generate import generate_answers
 from rankwise.evaluate.perplexity import measure_loss
 from rankwise.recipes.target import Target, find_target, open_target, target_tokenizer
+from rankwise.train.config import SHARDINGS
 from rankwise.train.needs import NEEDS
 from rankwise.train.objective import Objective
 from rankwise.train.objectives import OBJECTIVES, objective_of
@@ -47,6 +49,7 @@ class EvaluateConfig:
         precision: fp32, bf16 or auto.
         max_length, chat_template: in place of the run's, or of the defaults.
         copy: whether the prompt itself is scored as an answer too.
+        sharding: of the model among several processes: as `train.sharding` of a run.
     """
 
     data: str | None = None
@@ -58,6 +61,11 @@ class EvaluateConfig:
     max_length: int | None = None
     chat_template: str | None = None
     copy: bool = False
+    sharding: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.sharding not in SHARDINGS:
+            raise RequestError(f"unknown sharding '{self.sharding}'{did_you_mean(self.sharding, SHARDINGS)}")
 
 
 @dataclass(frozen=True)
@@ -96,21 +104,30 @@ def evaluate(
 ) -> dict[str, Any]:
     """The document of `rankwise evaluate`: `results` with `base` and `adapter`, or the model's own name.
 
+    Of several processes each measures its share of the rows, and all return the same.
+
     Raises: RequestError for a target, data file or metric that can't be used.
     """
-    wanted = None if config.metrics is None else check_metrics(config.metrics)
-    target = find_target(name, base, device, config.chat_template)
-    file = data_file(target, config.data)
-    data = target.data_config(file)
-    if config.max_length is not None:
-        data = dataclasses.replace(data, max_length=config.max_length)
-    tokenizer = target_tokenizer(target)
-    objective = measured_objective(target, data)
-    loaded = load_examples(data.train_paths, tokenizer, data, objective.needs.layout)
+    with distributed.joined():
+        return _evaluate(name, config, base, device, progress)
+
+
+def _evaluate(name: str, config: EvaluateConfig, base: str | None, device: str, progress: bool) -> dict[str, Any]:
+    with distributed.together():
+        wanted = None if config.metrics is None else check_metrics(config.metrics)
+        target = find_target(name, base, device, config.chat_template)
+        file = data_file(target, config.data)
+        data = target.data_config(file)
+        if config.max_length is not None:
+            data = dataclasses.replace(data, max_length=config.max_length)
+        tokenizer = target_tokenizer(target)
+        objective = measured_objective(target, data)
+        loaded = load_examples(data.train_paths, tokenizer, data, objective.needs.layout)
+        exam = make_exam(loaded, data, tokenizer, wanted, config, objective, progress)
     for line in (*(f"note: {note}" for note in loaded.notes), *(f"warning: {text}" for text in loaded.warnings)):
-        print(line, file=sys.stderr)
-    exam = make_exam(loaded, data, tokenizer, wanted, config, objective, progress)
-    opened = open_target(target, config.precision)
+        if distributed.is_first():
+            print(line, file=sys.stderr)
+    opened = open_target(target, config.precision, config.sharding)
     graded = [copied(exam)] if config.copy else []
     if target.adapter is None:
         graded.append(grade(opened.model, exam, target.name))

@@ -32,15 +32,9 @@ from rankwise.errors import RequestError
 from rankwise.models.heads import set_padding
 from rankwise.models.load import check_task, choose_device, load_model, resolve
 from rankwise.recipes.finetune_data import RunData, load_data
-from rankwise.recipes.finetune_processes import (
-    bring_in_step,
-    check_same_data,
-    check_spread,
-    is_state_shared,
-    spreads,
-)
 from rankwise.recipes.finetune_report import describe_run
 from rankwise.recipes.heads import head_of, with_new_modules
+from rankwise.recipes.processes import bring_in_step, check_same_data, check_spread, is_state_shared, num_shares
 from rankwise.recipes.provenance import data_hashes, provenance
 from rankwise.recipes.resume import check_length, check_settings, run_precision, training_settings
 from rankwise.recipes.run import RunConfig, StartFrom, check_task_type, with_section
@@ -117,9 +111,7 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
         check_settings(checkpoint, settings, say)
         check_length(checkpoint, run.train, num_rows)
     plan = _plan(run, num_rows)
-    with distributed.together():
-        model = _attached_model(run, precision, data)
-    bring_in_step(model, run.train.sharding, device)
+    model = _model_in_step(run, precision, data, device)
     order = RowOrder(data.shares, run.train.batch_size, run.train.num_rows(num_rows), run.train.seed)
     goes_on = isinstance(run.adapter, StartFrom) and run.train.objective == "dpo"
     objective = objective_of(run.train, StartingAdapter(model).in_place if goes_on else disabled)
@@ -197,12 +189,20 @@ def _optimizer(train: TrainConfig, model: PreTrainedModel) -> torch.optim.Optimi
     )  # fmt: skip
 
 
+def _model_in_step(run: RunConfig, precision: Precision, data: RunData, device: torch.device) -> PreTrainedModel:
+    """The attached model, the same on all processes, each with its share of the base where that is spread."""
+    shares = num_shares(run.train.sharding)
+    # what is to be cut is loaded into the CPU's memory, where the processes of a machine share the file's pages
+    loaded = run if shares == 1 else dataclasses.replace(run, model=dataclasses.replace(run.model, device="cpu"))
+    with distributed.together():
+        model = _attached_model(loaded, precision, data)
+    bring_in_step(model, shares, device)
+    return model
+
+
 def _attached_model(run: RunConfig, precision: Precision, data: RunData) -> PreTrainedModel:
-    config = run.model
-    if spreads(run.train.sharding):  # cut from the CPU's memory, which the processes of a machine share
-        config = dataclasses.replace(config, device="cpu")
     seed_everything(run.train.seed)  # a new head is drawn while loading
-    model = load_model(config, precision.dtype, run.train.needs.task, data.labels)
+    model = load_model(run.model, precision.dtype, run.train.needs.task, data.labels)
     if run.train.needs.task_type in HEADS:
         set_padding(model, data.pad_id)
     data.check_fits(model)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from rankwise import distributed
 from rankwise.attach.checkpoint import load_adapter, read_config
 from rankwise.attach.peft_format import CONFIG_FILE
 from rankwise.data.config import AUTO, DataConfig
@@ -20,6 +21,7 @@ from rankwise.models.config import ModelConfig
 from rankwise.models.load import check_task, choose_device, load_config, load_model, load_tokenizer
 from rankwise.models.quiet import quietly
 from rankwise.recipes.output import RUN_FILE
+from rankwise.recipes.processes import bring_in_step, num_shares
 from rankwise.recipes.run import read_run
 from rankwise.train.config import TrainConfig
 from rankwise.train.needs import NEEDS, Needs
@@ -194,13 +196,24 @@ def _adapter_target(name: str, folder: Path, base: str | None, device: str) -> T
     return Target(name, "adapter", model, folder, task_type=config.task_type)
 
 
-def open_target(target: Target, precision: str = "auto") -> Opened:
+def open_target(target: Target, precision: str = "auto", sharding: str = "none") -> Opened:
     """Loads the model in `precision` (fp32, bf16, auto), attaches the adapter, and finds the tokenizer.
 
-    Raises: RequestError for what can't be loaded.
+    Of several processes each loads it, and they make sure that it is the same; with `sharding` each keeps its
+    share of the base.
+
+    Raises: RequestError for what can't be loaded or spread.
     """
-    chosen = choose_precision(precision, choose_device(target.model.device))
-    return open_in(target, chosen.dtype, chosen.name)
+    device = choose_device(target.model.device)
+    # one probe for several processes: they may find differently
+    chosen = distributed.from_first(lambda: choose_precision(precision, device))
+    shares = num_shares(sharding)
+    if shares > 1:
+        target = dataclasses.replace(target, model=dataclasses.replace(target.model, device="cpu"))
+    with distributed.together():
+        opened = open_in(target, chosen.dtype, chosen.name)
+    bring_in_step(opened.model, shares, device)
+    return opened
 
 
 def open_in(target: Target, dtype: torch.dtype, precision: str) -> Opened:

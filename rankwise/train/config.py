@@ -18,7 +18,7 @@ from rankwise.train.needs import NEEDS, Needs
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adamw-fused", "adamw-8bit")
 PRECISIONS = ("fp32", "bf16", "fp16", "auto")
-SHARDINGS = ("none", "full")
+SHARDINGS = ("none", "node", "full")
 
 AUTO = "auto"
 AUTO_EVENTS = 10
@@ -101,8 +101,9 @@ class TrainConfig:
         precision: of the frozen base: `fp32`, `bf16`, `fp16` (with a loss scale), or `auto` (bf16 where a probe shows
             that it is faster). Adapters and their optimizer state are always fp32.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        sharding: of the frozen base among several processes: `none` (each holds all of it), or `full` (each holds its
-            share of every block, and borrows the rest while it computes). One process always holds all of it.
+        sharding: of the frozen base among several processes: `none` (each holds all of it), `full` (each holds its
+            share of every block, and borrows the rest while it computes), or `node` (the processes of each machine hold
+            one copy together). One process always holds all of it.
         share_optimizer_from: trainable parameters from which on each of several processes keeps its share of the
             optimizer's state only; null: never. Results are the same to the bit.
         fused_mlp: SwiGLU MLPs keep half as much for the backward pass; `auto`: where the model has some.

@@ -38,7 +38,7 @@ from rankwise.train.scale import LossScale
 from rankwise.train.shares import owned, whole_state
 from rankwise.train.watch import LossWatch
 
-FORMAT = 1
+FORMAT = 2
 CHECKPOINTS = "checkpoints"
 STATE = "state.safetensors"
 RECORD = "state.json"

@@ -343,7 +343,15 @@ def test_derived_is_made_again_when_a_source_changes():
     assert value()[0] == 10
     source = nn.Parameter(torch.ones(2))
     assert value()[0] == 2
-    derived.drop()
+    x = torch.ones(2, requires_grad=True)
+
+    def drop(grad):
+        derived.drop()
+        value()
+
+    x.register_hook(drop)
+    (x * 2).sum().backward()
+    assert len(made) == 4, "kept until the backward pass has ended"
     value()
     assert len(made) == 5
     assert pickle.loads(pickle.dumps(derived))._made is None and copy.deepcopy(derived)._made is None
@@ -372,3 +380,15 @@ def test_a_cast_is_made_once_for_a_pass_and_its_recomputation(monkeypatch):
     made.clear()
     model(ids, labels=ids).loss.backward()
     assert sorted(made) == sorted(2 * [*(7 * [1]), 1, 1, 3, 2]), "of a block: 7 of B, A of o and down, of two groups"
+
+
+def test_passes_before_one_backward_pass_under_checkpointing() -> None:
+    """A pass without gradients has left the norm; the first of two parts must not take it from the other."""
+    model = tiny.llama()
+    attach(model, LoraConfig(r=4, target_modules="all-linear", use_dora=True))
+    enable_gradient_checkpointing(model)
+    ids = tiny.token_ids()
+    with torch.no_grad():
+        model(ids)
+    model.train()
+    (model(ids).logits.sum() + model(ids[:1]).logits.sum()).backward()

@@ -50,14 +50,14 @@ def whole_parameters(model: Any) -> list[Tensor]:
 
 
 def _differences(case: dict[str, Any]) -> dict[str, Any]:
-    """Two steps of two forward passes each, beside a whole model in the same process; then the bases alone."""
+    """Four steps of two forward passes each, beside a whole model in the same process; then the bases alone."""
     packing = case.get("packing", False)
     settings = {key: value for key, value in case.items() if key != "packing"}
     model, alone = build(**settings), build(**settings)
     num_whole = sum(parameter.numel() for parameter in model.parameters())
-    shard(model, whole_parameters(model), torch.device("cpu"))
+    shard(model, whole_parameters(model), torch.device("cpu"), num_shares=2)
     worst = 0.0
-    for step in range(2):
+    for step in range(4):
         for each in (model, alone):
             each.train()
             each.zero_grad()
@@ -104,7 +104,7 @@ def _refused() -> list[str]:
     messages = []
     for model in (quantised, shared):
         try:
-            shard(model, (), torch.device("cpu"))
+            shard(model, (), torch.device("cpu"), num_shares=2)
         except RequestError as error:
             messages.append(error.message)
     return messages

@@ -14,6 +14,7 @@ from rankwise.errors import RequestError
 from rankwise.recipes.finetune import train
 from rankwise.train.interrupt import Interrupted
 from rankwise.train.loop import Step
+from rankwise.train.needs import NEEDS
 from rankwise.train.state import checkpoint_folders
 from tests import tiny
 from tests.processes import Processes
@@ -152,6 +153,21 @@ def test_a_checkpoint_loads_with_another_number_of_processes(
         two_processes(train_here, changed, False, 3)
         assert train(halves, resume=True, quiet=True)["resumed_from"] == 3
     assert largest_difference(tmp_path / "halves", tmp_path / "straight") < TOLERANCE
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_CASES)
+def test_every_objective_with_its_base_spread(name: str, tmp_path: Path, two_processes: Processes) -> None:
+    case = OBJECTIVE_CASES[name]
+    case.save_model(tmp_path / "model")
+    case.write_rows(tmp_path / "train.jsonl", 9)
+    case.write_rows(tmp_path / "valid.jsonl", 3, seed=1)
+    samples = {} if NEEDS[name].generates else {"samples": None, "sample_tokens": None}
+    changes = {"objective": name, "steps": 4, "batch_size": 5, "save_every": 2, **samples}
+    train(run_of(tmp_path, tmp_path / "one", {}, **changes), quiet=True)
+    two_processes(train_here, run_of(tmp_path, tmp_path / "two", {}, sharding="full", **changes))
+    assert largest_difference(tmp_path / "two", tmp_path / "one") < TOLERANCE
+    if NEEDS[name].generates:
+        assert (tmp_path / "one" / "samples.jsonl").read_text() == (tmp_path / "two" / "samples.jsonl").read_text()
 
 
 def _refusals(run: dict[str, Any], wrong: dict[str, Any]) -> list[str]:

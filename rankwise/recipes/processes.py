@@ -1,4 +1,4 @@
-"""Several processes that begin one run: the same data, the same model, spread where the run file says so."""
+"""Several processes that begin one piece of work: the same data, the same model, spread where that was asked for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankwise import distributed
-from rankwise.attach.attachment import need_attachment
+from rankwise.attach.attachment import attachment_of
 from rankwise.attach.inject import adapter_tensors
 from rankwise.errors import RequestError
 from rankwise.models.sharding import shard
@@ -21,14 +21,25 @@ SAMPLE = 4096
 """Entries of each weight of a base that is to be spread, by which processes compare it before it is cut."""
 
 
-def spreads(sharding: str) -> bool:
-    """Whether the base is spread over processes: there must be several."""
-    return sharding == "full" and distributed.world_size() > 1
+def num_shares(sharding: str) -> int:
+    """Among how many processes `sharding` spreads the base: `none`, those of a `node`, or all (`full`).
+
+    Raises: RequestError for `node` where machines have different numbers of processes.
+    """
+    if sharding == "node":
+        own = distributed.local_world_size()
+        if len(set(distributed.gathered(own))) > 1:
+            raise RequestError(
+                "train.sharding: node needs equally many processes on every machine; set it to full, or start them so"
+            )
+        return own
+    return distributed.world_size() if sharding == "full" else 1
 
 
 def check_spread(train: TrainConfig) -> None:
     """Raises: RequestError for an objective whose losses need the whole step's rows, on a base that is spread."""
-    if spreads(train.sharding) and objective_of(train).step_losses is not None:
+    spreads = train.sharding != "none" and distributed.world_size() > 1
+    if spreads and objective_of(train).step_losses is not None:
         raise RequestError(
             f"train.sharding: {train.sharding} does not work with train.objective: {train.objective}, which encodes "
             "every text twice, differently often on each process; set it to none"
@@ -47,26 +58,28 @@ def check_same_data(hashes: Mapping[str, Mapping[str, str]]) -> None:
                 )
 
 
-def bring_in_step(model: PreTrainedModel, sharding: str, device: torch.device) -> None:
-    """Gives every process the first one's adapter, and spreads the base when `sharding` is full.
+def bring_in_step(model: PreTrainedModel, shares: int, device: torch.device) -> None:
+    """Gives every process the first one's adapter, if one is attached, and cuts the base into so many shares.
 
     Raises: WorkError when the bases differ; RequestError for a base that can't be spread.
     """
     if distributed.world_size() == 1:
         return
-    own = adapter_tensors(model)
+    own = adapter_tensors(model) if attachment_of(model) is not None else {}
     distributed.broadcast_from(0, list(own.values()))
     base = {name: tensor for name, tensor in model.named_parameters() if tensor.numel()}
-    if spreads(sharding):
+    if shares > 1:
         base = {name: tensor.detach().reshape(-1)[:SAMPLE] for name, tensor in base.items()}
     distributed.check_in_step({**base, **own}, "at the start")
-    if spreads(sharding):
-        shard(model, _whole(model), device)
+    if shares > 1:
+        shard(model, _whole(model), device, shares)
 
 
 def _whole(model: nn.Module) -> list[Tensor]:
     """What is not cut: the adapter, and the originals that wait for `disabled`."""
-    attachment = need_attachment(model)
+    attachment = attachment_of(model)
+    if attachment is None:
+        return []
     exchanged = [attachment.current(model, name) for name in attachment.exchanged]
     return [*adapter_tensors(model).values(), *attachment.parameters(), *exchanged]
 
