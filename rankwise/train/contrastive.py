@@ -70,7 +70,7 @@ class Contrast:
 
     def losses(self, model: PreTrainedModel, batch: TextBatch) -> Float[Tensor, " n"]:
         """One loss for each row of a batch that is a step of its own, of this process alone."""
-        return self._losses(self._vectors(model, batch), _texts_of([batch], model.device))
+        return self._losses(self._vectors(model, batch), _texts_of([batch], model.device, alone=True))
 
     def step_losses(self, model: PreTrainedModel, batches: Sequence[TextBatch]) -> Iterator[Float[Tensor, " n"]]:
         """The losses of each micro batch in turn, [n] with a graph, over the candidates of all of them.
@@ -120,13 +120,15 @@ class Contrast:
         return F.cross_entropy(logits, texts.own, reduction="none")
 
 
-def _texts_of(batches: Sequence[TextBatch], device: torch.device) -> _Texts:
-    """The texts of these micro batches, and of those of the other processes before and after them."""
+def _texts_of(batches: Sequence[TextBatch], device: torch.device, alone: bool = False) -> _Texts:
+    """The texts of these micro batches and, unless `alone`, of those of the other processes before and after them."""
     num_texts, num_rows = sum(len(batch.keys) for batch in batches), sum(batch.num_examples for batch in batches)
-    counts = torch.zeros(distributed.world_size(), 2, dtype=torch.int64, device=device)
-    counts[distributed.rank()] = torch.tensor([num_texts, num_rows], device=device)
-    distributed.all_reduce_sum([counts])
-    first_text, first_row = (int(value) for value in counts[: distributed.rank()].sum(0))
+    rank, size = (0, 1) if alone else (distributed.rank(), distributed.world_size())
+    counts = torch.zeros(size, 2, dtype=torch.int64, device=device)
+    counts[rank] = torch.tensor([num_texts, num_rows], device=device)
+    if not alone:
+        distributed.all_reduce_sum([counts])
+    first_text, first_row = (int(value) for value in counts[:rank].sum(0))
     all_texts, all_rows = (int(value) for value in counts.sum(0))
     anchors, start = [], first_text
     for batch in batches:
@@ -136,6 +138,8 @@ def _texts_of(batches: Sequence[TextBatch], device: torch.device) -> _Texts:
     own_anchors = torch.cat([none, *anchors])
     own_positives = torch.cat([none, *(part + len(part) for part in anchors)])
     own_keys = torch.cat([none, *(batch.keys for batch in batches)])
+    if alone:
+        return _Texts(own_anchors, own_positives, own_keys, first_text, first_row)
     return _Texts(
         _gathered(own_anchors, first_row, all_rows), _gathered(own_positives, first_row, all_rows),
         _gathered(own_keys, first_text, all_texts), first_text, first_row,
