@@ -118,6 +118,12 @@ class LowRankLayer(AdapterLayer):
             y = self.base(x)
             return y + self.change(x).to(y.dtype)
         rule = self.keep_rule if self.training else None
+        few = x.numel() < self.rank * x.shape[-1] and x.dtype != self.lora_A.dtype
+        if few and rule is None and not torch.is_grad_enabled():
+            # decoding: casting x costs less than casting A and B, and fp32 products of a few rows less than bf16 ones
+            x = x if other is None else F.silu(x) * other
+            h = F.linear(x.to(self.lora_A.dtype), self.lora_A)
+            return self.base(x).add_(F.linear(h, self.lora_B), alpha=self.scale)
         factors = self._factors(x, shared=rule is None and other is None)
         if is_quantized(self.base):
             bias = None if self.bias is None else self.bias.to(x.dtype)
