@@ -13,6 +13,8 @@ import torch
 import transformers
 
 import rankwise as rw
+from rankwise.recipes.run import read_run
+from tests import tiny
 from tests.recipes.trained import rows, save_model, write_rows
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -114,3 +116,13 @@ def test_grpo_with_the_base_as_reference(files):
     assert first == 0.0, "a fresh adapter is its own reference"
     assert last > 0.0, "which the adapter-off model stays, while the adapter moves"
     assert adapter_files(Path(files["output"]) / "adapter") == ADAPTER
+
+
+def test_classify(tmp_path: Path) -> None:
+    """The run file and its data, on a tiny encoder."""
+    tiny.encoder().save_pretrained(tmp_path / "model")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "model")
+    changes = ["model.name=" + str(tmp_path / "model"), "output=" + str(tmp_path / "out"), "train.epochs=1"]
+    summary = rw.train(read_run(EXAMPLES / "classify.yaml", changes), quiet=True)
+    assert summary["steps"] == 3
+    assert (tmp_path / "out" / "adapter" / "head.json").exists()

@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FILE", help="the data file; a run has its own (test, else valid)")
     parser.add_argument(
         "--metrics", nargs="+", metavar="METRIC",
-        help="loss perplexity accuracy reward_margin chrf bleu rouge_l exact_match; not given: all that apply",
+        help="loss perplexity accuracy reward_margin chrf bleu rouge_l exact_match; of classifiers loss accuracy f1; "
+        "of embeddings loss recall_at_1 mrr; not given: all that apply",
     )  # fmt: skip
     parser.add_argument("--rows", type=positive, metavar="N", help="the first N rows only")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="rows at a time")

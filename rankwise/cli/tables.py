@@ -16,6 +16,9 @@ COLUMNS = {
     "exact_match": ("exact match", "{:.1%}"),
     "accuracy": ("accuracy", "{:.1%}"),
     "reward_margin": ("reward margin", "{:.3f}"),
+    "f1": ("F1", "{:.1%}"),
+    "recall_at_1": ("recall@1", "{:.1%}"),
+    "mrr": ("MRR", "{:.3f}"),
 }
 """Field of a result: its heading, and how its value is written."""
 

@@ -12,11 +12,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankwise.errors import RequestError
+from rankwise.models.labels import MULTI
+from rankwise.models.probing import takes
 from rankwise.models.seq2seq import decoder_inputs
 
 KL_BOUNDS = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 2e-2}
@@ -24,6 +27,7 @@ KL_BOUNDS = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 2e-2}
 LARGEST_SHARE = 0.5
 """And the largest share of the adapter's own effect: past it, rounding has drowned what the adapter does."""
 MAX_PROBE_TOKENS = 512
+EMBEDDING_TEMPERATURE = 0.05
 CHUNK_TOKENS = 64
 """Positions compared at once in fp64: 64 x 150,000 x 8 bytes is 77 MB."""
 
@@ -107,10 +111,22 @@ def probe_logits(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> lis
 
 
 def _logits(model: PreTrainedModel, row: Int64[Tensor, "1 _"]) -> Float[Tensor, "1 _ V"]:
-    """Of an encoder-decoder model: when both sides are given the probe."""
+    """Of an encoder-decoder model: when both sides are given the probe. Of a classifier: one position.
+
+    Where a text may have several labels, each is a position with two classes. An encoder without a head has no logits:
+    the cosines of the probe's vectors with each other, over EMBEDDING_TEMPERATURE, stand for them.
+    """
     if model.config.is_encoder_decoder:
         return model(input_ids=row, decoder_input_ids=decoder_inputs(model, row), use_cache=False).logits
-    return model(input_ids=row, use_cache=False).logits
+    output = model(input_ids=row, use_cache=False) if takes(model, "use_cache") else model(input_ids=row)
+    if "logits" not in output:
+        vectors = F.normalize(output.last_hidden_state, dim=-1)
+        return vectors @ vectors.transpose(1, 2) / EMBEDDING_TEMPERATURE
+    if output.logits.ndim == 3:
+        return output.logits
+    if model.config.problem_type == MULTI:
+        return torch.stack([output.logits, torch.zeros_like(output.logits)], dim=-1)
+    return output.logits[:, None]
 
 
 def compare(first: Sequence[Float[Tensor, "_ V"]], second: Sequence[Float[Tensor, "_ W"]]) -> Difference:

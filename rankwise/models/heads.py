@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -50,11 +50,17 @@ def class_losses(logits: Float[Tensor, "B ..."], batch: LabelBatch) -> Float[Ten
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").flatten()
 
 
+def decided(logits: Float[Tensor, "B ..."], batch: LabelBatch) -> Int64[Tensor, "B ..."]:
+    """What the head says, as `batch.targets` has it."""
+    if batch.is_tagged or batch.targets.ndim == 1:
+        return logits.argmax(-1)
+    return (logits > MULTI_THRESHOLD).long()
+
+
 def correct(logits: Float[Tensor, "B ..."], batch: LabelBatch) -> Bool[Tensor, " n"]:
     """What the head got right: rows; tagged tokens; where a row may have several classes, rows with exactly those."""
     if batch.is_tagged:
         tagged = batch.targets != IGNORED
-        return logits.argmax(-1)[tagged] == batch.targets[tagged]
-    if batch.targets.ndim == 1:
-        return logits.argmax(-1) == batch.targets
-    return ((logits > MULTI_THRESHOLD) == (batch.targets > 0)).all(dim=-1)
+        return decided(logits, batch)[tagged] == batch.targets[tagged]
+    right = decided(logits, batch) == batch.targets
+    return right if right.ndim == 1 else right.all(dim=-1)

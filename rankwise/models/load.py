@@ -279,11 +279,17 @@ def _check_kind(name: str, task: str, config: PretrainedConfig) -> None:
             f"model '{name}' ({config.model_type}) is an encoder-decoder model: its encoder reads the question and its "
             "decoder writes the answer; use train.objective=seq2seq"
         )
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+    if is_encoder(config):
         raise RequestError(
             f"model '{name}' ({config.model_type}) is an encoder: its positions see the tokens after them, "
             "so it cannot be trained to predict the next one; choose a causal model"
         )
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether models of this configuration see the tokens after each position too."""
+    is_masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_encoder_decoder
+    return is_masked and not getattr(config, "is_decoder", False)
 
 
 def _check_weights(name: str, folder: Path) -> None:

@@ -24,6 +24,7 @@ from rankwise.errors import RequestError, did_you_mean
 from rankwise.evaluate.answers import LOSS_METRICS, METRICS, check_metrics, score
 from rankwise.evaluate.generate import generate_answers
 from rankwise.evaluate.perplexity import measure_loss
+from rankwise.recipes.evaluate_heads import check_head_metrics, evaluate_head, is_head
 from rankwise.recipes.target import Target, find_target, open_target, target_tokenizer
 from rankwise.train.config import SHARDINGS
 from rankwise.train.needs import NEEDS
@@ -114,12 +115,11 @@ def evaluate(
 
 def _evaluate(name: str, config: EvaluateConfig, base: str | None, device: str, progress: bool) -> dict[str, Any]:
     with distributed.together():
-        wanted = None if config.metrics is None else check_metrics(config.metrics)
         target = find_target(name, base, device, config.chat_template)
-        file = data_file(target, config.data)
-        data = target.data_config(file)
-        if config.max_length is not None:
-            data = dataclasses.replace(data, max_length=config.max_length)
+        if is_head(target):
+            return _of_head(target, config, progress)
+        wanted = None if config.metrics is None else check_metrics(config.metrics)
+        file, data = _data(target, config)
         tokenizer = target_tokenizer(target)
         objective = measured_objective(target, data)
         loaded = load_examples(data.train_paths, tokenizer, data, objective.needs.layout)
@@ -172,6 +172,28 @@ def measured_metrics(objective: Objective) -> tuple[str, ...]:
     own = {"loss", *(FIGURE_NAMES.get(name, name) for name in objective.meter.names)}
     own |= {"perplexity"} if objective.needs.unit == "token" else set()
     return tuple(name for name in LOSS_METRICS if name in own)
+
+
+def _data(target: Target, config: EvaluateConfig) -> tuple[str | list[str], DataConfig]:
+    file = data_file(target, config.data)
+    data = target.data_config(file)
+    return file, data if config.max_length is None else dataclasses.replace(data, max_length=config.max_length)
+
+
+def _of_head(target: Target, config: EvaluateConfig, progress: bool) -> dict[str, Any]:
+    """The document of a classifier or an embedding model, which answers no questions."""
+    if distributed.world_size() > 1:
+        raise RequestError(f"'{target.name}' is for {target.objective}, evaluated by one process: leave torchrun out")
+    given = {
+        "--copy": config.copy, "--max-new-tokens": config.max_new_tokens, "--chat-template": config.chat_template,
+    }  # fmt: skip
+    for flag, value in given.items():
+        if value:
+            raise RequestError(f"{flag} has no effect: '{target.name}' is for {target.objective} and writes no answers")
+    metrics = check_head_metrics(target, config.metrics)
+    file, data = _data(target, config)
+    measured = evaluate_head(target, data, metrics, config.rows, config.batch_size, config.precision, progress)
+    return {"target": target.name, "kind": target.kind, "data": file, **measured}
 
 
 def data_file(target: Target, given: str | None) -> str | list[str]:

@@ -16,6 +16,9 @@ from rankwise.errors import RequestError
 from rankwise.evaluate.generate import generate_answers
 from rankwise.recipes.target import Opened, find_target, open_target
 
+ANSWERING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+"""Task types of models that write."""
+
 
 @dataclass(frozen=True)
 class Session:
@@ -107,7 +110,13 @@ def open_session(
 
     Raises: RequestError for what can't be loaded.
     """
-    opened = open_target(find_target(target, base, device, chat_template), precision)
+    found = find_target(target, base, device, chat_template)
+    if found.needs.task_type not in ANSWERING:
+        raise RequestError(
+            f"'{target}' is for {found.objective} and writes no answers; measure it with `rankwise evaluate {target} "
+            "--data FILE`"
+        )
+    opened = open_target(found, precision)
     for note in template_for(opened.tokenizer, opened.target.data_config(), opened.target.needs.layout).notes:
         print(f"note: {note}", file=sys.stderr)
     return Session(opened)

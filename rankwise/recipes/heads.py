@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankwise.adapters.config import ALL_LINEAR, LoraConfig
-from rankwise.attach.checkpoint import HEAD_FILE, read_head
+from rankwise.attach.checkpoint import HEAD_FILE, read_head, read_tensors
 from rankwise.attach.targets import HEADS
 from rankwise.data.config import DataConfig
 from rankwise.data.head_encoder import CLASSES, TAGS
@@ -18,6 +18,8 @@ from rankwise.models.labels import Head, Labels, head_from_dict
 from rankwise.models.load import new_modules
 from rankwise.train.config import TrainConfig
 
+HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+"""Ends of the names of the weights that give logits, a row for each label."""
 UNREAD_MODULES = ("pooler",)
 """Parts of an encoder after its hidden states, which an embedding is pooled from without them."""
 
@@ -29,6 +31,17 @@ def saved_head(folder: str | Path) -> Head | None:
     """
     fields = read_head(folder)
     return None if fields is None else head_from_dict(fields, str(Path(folder) / HEAD_FILE))
+
+
+def num_labels_saved(folder: Path) -> int:
+    """How many labels the head in an adapter's folder has.
+
+    Raises: RequestError when there is no head in it.
+    """
+    for name, tensor in read_tensors(folder).items():
+        if name.endswith(HEAD_WEIGHTS):
+            return tensor.shape[0]
+    raise RequestError(f"'{folder}' holds no head: its labels can't be counted; add a {HEAD_FILE} that names them")
 
 
 def training_labels(config: DataConfig, layout: str, start: str | None) -> Labels | None:

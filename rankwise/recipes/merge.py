@@ -15,7 +15,7 @@ from rankwise.export.certificate import MAX_PROBE_TOKENS
 from rankwise.export.merged import DTYPES, Merged, Probes, dtype_name, merge_to_folder
 from rankwise.files import obstacle
 from rankwise.models.load import load_config
-from rankwise.recipes.target import Target, find_adapter, open_in, target_tokenizer
+from rankwise.recipes.target import Target, find_adapter, open_in, target_head, target_tokenizer
 
 PROBE_TOKENS_EACH = 64
 """A probe from the data is cut here, so that the certificate sees several rows."""
@@ -82,7 +82,9 @@ def find_probes(target: Target, tokenizer: PreTrainedTokenizerBase) -> Probes:
     file = next((file for file in files if file is not None and _is_here(file)), None)
     if target.data is None or file is None:
         return Probes([tokenizer(text)["input_ids"] for text in TEXTS], BUILT_IN)
-    loaded = load_examples(file, tokenizer, target.data.for_files(file), target.needs.layout)
+    head = target_head(target)
+    labels = head.labels if head is not None else None
+    loaded = load_examples(file, tokenizer, target.data.for_files(file), target.needs.layout, labels=labels)
     examples = loaded.examples[: MAX_PROBE_TOKENS // PROBE_TOKENS_EACH]
     named = file if isinstance(file, str) else file[0]
     return Probes([example.input_ids[:PROBE_TOKENS_EACH] for example in examples], Path(named).name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +15,16 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from rankwise import distributed
 from rankwise.attach.checkpoint import load_adapter, read_config
 from rankwise.attach.peft_format import CONFIG_FILE
+from rankwise.attach.targets import HEADS
 from rankwise.data.config import AUTO, DataConfig
 from rankwise.data.formats import TEXT
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
-from rankwise.models.load import check_task, choose_device, load_config, load_model, load_tokenizer
+from rankwise.models.heads import set_padding
+from rankwise.models.labels import MULTI, Head, Labels
+from rankwise.models.load import check_task, choose_device, is_encoder, load_config, load_model, load_tokenizer
 from rankwise.models.quiet import quietly
+from rankwise.recipes.heads import num_labels_saved, saved_head
 from rankwise.recipes.output import RUN_FILE
 from rankwise.recipes.processes import bring_in_step, num_shares
 from rankwise.recipes.run import read_run
@@ -29,6 +34,7 @@ from rankwise.train.precision import choose_precision
 from rankwise.train.state import ADAPTER, CHECKPOINTS
 
 MODEL_FILE = "config.json"
+TAGGER = "token-classification"
 TOKENIZER_FILE = "tokenizer_config.json"
 
 
@@ -67,7 +73,13 @@ class Target:
         for name, needs in NEEDS.items():
             if needs.task_type == self.task_type:
                 return name
-        return "seq2seq" if load_config(self.model).is_encoder_decoder else "sft"
+        config = load_config(self.model)
+        for ending, name in (("ForSequenceClassification", "classification"), ("ForTokenClassification", TAGGER)):
+            if any(architecture.endswith(ending) for architecture in config.architectures or ()):
+                return name
+        if is_encoder(config):
+            return "embedding"
+        return "seq2seq" if config.is_encoder_decoder else "sft"
 
     @property
     def needs(self) -> Needs:
@@ -219,11 +231,38 @@ def open_target(target: Target, precision: str = "auto", sharding: str = "none")
 def open_in(target: Target, dtype: torch.dtype, precision: str) -> Opened:
     """As `open_target`, in a dtype that has been chosen; `precision` is its name."""
     tokenizer = target_tokenizer(target)
-    model = load_model(target.model, dtype, target.needs.task)
+    head = target_head(target)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # a base's untrained head: the same each time
+        labels = head.labels if head is not None and target.adapter is not None else None
+        model = load_model(target.model, dtype, target.needs.task, labels)
+    if target.needs.task_type in HEADS:
+        assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer gives every tokenizer a pad token"
+        set_padding(model, tokenizer.pad_token_id)
     if target.adapter is not None:
         load_adapter(model, target.adapter)
         model.eval()
     return Opened(target, model, tokenizer, precision)
+
+
+def target_head(target: Target) -> Head | None:
+    """What the target's labels are, or how its vectors are pooled: by `head.json`, else by what its files allow.
+
+    A classifier without names has the labels 0, 1, and so on. None where there is no head.
+
+    Raises: RequestError for files that can't be read.
+    """
+    if target.adapter is not None:
+        head = saved_head(target.adapter)
+        if head is not None or target.needs.task_type not in HEADS:
+            return head
+        return Head(labels=Labels(tuple(str(index) for index in range(num_labels_saved(target.adapter)))))
+    if target.needs.task_type not in HEADS:
+        return None
+    config = load_config(target.model)
+    names = [str(name) for _, name in sorted((config.id2label or {}).items())]
+    names = [name.removeprefix("LABEL_") if re.fullmatch(r"LABEL_\d+", name) else name for name in names]
+    return Head(labels=Labels(tuple(names), config.problem_type == MULTI))
 
 
 def target_tokenizer(target: Target) -> PreTrainedTokenizerBase:

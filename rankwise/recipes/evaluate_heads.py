@@ -1,0 +1,134 @@
+"""Evaluate a classifier or an embedding model: loss and what it gets right; an adapter beside its base."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rankwise.attach.inject import disabled
+from rankwise.data.config import DataConfig
+from rankwise.data.formats import FORMATS
+from rankwise.data.loader import load_examples
+from rankwise.errors import RequestError, did_you_mean
+from rankwise.evaluate.classes import Said, accuracy, f1
+from rankwise.evaluate.perplexity import measure_loss
+from rankwise.models.batch import IGNORED
+from rankwise.models.heads import class_losses, decided, head_logits
+from rankwise.models.label_batch import LabelBatch
+from rankwise.models.labels import Labels
+from rankwise.models.load import new_modules
+from rankwise.recipes.target import Opened, Target, open_target, target_head
+from rankwise.train.config import DEFAULT_POOLING, DEFAULT_TEMPERATURE
+from rankwise.train.objective import Meter, Objective
+from rankwise.train.objectives import OBJECTIVES, contrastive
+
+METRICS = {
+    "classification": ("loss", "accuracy", "f1"),
+    "token-classification": ("loss", "accuracy", "f1"),
+    "embedding": ("loss", "recall_at_1", "mrr"),
+}
+"""What is measured, by objective."""
+
+
+def is_head(target: Target) -> bool:
+    """Whether it answers with labels or vectors, and not with text."""
+    return target.objective in METRICS
+
+
+def check_head_metrics(target: Target, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The metrics asked for, or all. Raises: RequestError for one that the target does not have."""
+    known = METRICS[target.objective]
+    for name in names or ():
+        if name not in known:
+            raise RequestError(f"metric '{name}' is not one of {target.objective}{did_you_mean(name, known)}")
+    return known if names is None else tuple(dict.fromkeys(names))
+
+
+def evaluate_head(
+    target: Target, data: DataConfig, metrics: Sequence[str], rows: int | None, batch_size: int, precision: str,
+    progress: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The part of the document of `rankwise evaluate` that is measured.
+
+    Raises: RequestError for rows of another kind, or labels that the target does not have.
+    """
+    head = target_head(target)
+    labels = head.labels if head is not None else None
+    opened = open_target(target, precision)
+
+    def check(format: str, why: str) -> None:
+        held = next((FORMATS[n].rows for n in format.split(", ") if FORMATS[n].rows != target.needs.rows), None)
+        if held is not None:
+            raise RequestError(
+                f"'{target.name}' is for {target.objective}, measured on {target.needs.rows}; the file holds {held} "
+                f"({why})"
+            )
+
+    loaded = load_examples(data.train_paths, opened.tokenizer, data, target.needs.layout, check=check, labels=labels)
+    for line in (*(f"note: {note}" for note in loaded.notes), *(f"warning: {text}" for text in loaded.warnings)):
+        print(line, file=sys.stderr)
+    examples = list(loaded.examples[:rows])
+    results: list[dict[str, Any]] = []
+    for name in ("base", "adapter") if target.adapter is not None else (target.name,):
+        results.append({"target": name, **_figures(opened, examples, labels, name == "base", batch_size, progress)})
+    if target.adapter is not None and new_modules(opened.model) and labels is not None:
+        results[0]["untrained_head"] = True
+        print("note: the base has no head of its own: its figures are of an untrained one", file=sys.stderr)
+    asked = {"target", "untrained_head", *metrics}
+    return {
+        "rows": len(examples), "precision": opened.precision, "truncated": loaded.num_truncated,
+        "warnings": list(loaded.warnings),
+        "results": [{key: value for key, value in result.items() if key in asked} for result in results],
+    }  # fmt: skip
+
+
+def _figures(
+    opened: Opened, examples: Sequence[Any], labels: Labels | None, is_base: bool, batch_size: int, progress: bool
+) -> dict[str, float]:
+    if is_base:
+        with disabled(opened.model):
+            return _figures(opened, examples, labels, False, batch_size, progress)
+    pad_id = opened.tokenizer.pad_token_id
+    assert isinstance(pad_id, int), "load_tokenizer gives every tokenizer a pad token"
+    if labels is None:
+        head = target_head(opened.target)
+        pooling = head.pooling if head is not None and head.pooling is not None else DEFAULT_POOLING
+        train = opened.target.train
+        temperature = train.similarity_temperature if train is not None else DEFAULT_TEMPERATURE
+        found = measure_loss(
+            opened.model, contrastive(pooling, temperature), examples, pad_id, batch_size, False, progress
+        )
+        return {"loss": found.loss, **found.figures}
+    answers: list[Said] = []
+    truths: list[Said] = []
+    objective = _noting(OBJECTIVES[opened.target.objective], answers, truths)
+    found = measure_loss(opened.model, objective, examples, pad_id, batch_size, False, progress)
+    is_tagged = opened.target.objective == "token-classification"
+    return {
+        "loss": found.loss,
+        "accuracy": accuracy(answers, truths, is_tagged),
+        "f1": f1(answers, truths, labels.names, labels.is_multi),
+    }
+
+
+def _noting(objective: Objective, answers: list[Said], truths: list[Said]) -> Objective:
+    """The objective, whose losses note what the head says of each row and what is true."""
+
+    def losses(model: PreTrainedModel, batch: LabelBatch) -> Tensor:
+        logits = head_logits(model, batch)
+        for said, true in zip(decided(logits, batch).tolist(), batch.targets.tolist(), strict=True):
+            if batch.is_tagged:
+                kept = [place for place, target in enumerate(true) if target != IGNORED]
+                answers.append([said[place] for place in kept])
+                truths.append([true[place] for place in kept])
+            else:
+                answers.append(said if isinstance(said, list) else [said])
+                truths.append(true if isinstance(true, list) else [true])
+        return class_losses(logits, batch)
+
+    return dataclasses.replace(objective, losses=losses, meter=Meter())
