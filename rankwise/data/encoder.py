@@ -11,11 +11,12 @@ processes, and memory does not grow with the rows.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import accumulate, islice
 
-import numpy as np
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.chat_template import first_difference, special_tokens
@@ -136,16 +137,13 @@ class Encoder:
             is_emptied = _is_emptied(item, parts, example)
             if not is_emptied:
                 chunk.examples.append(example)
-            chunk.counts.add(
-                Counts(
-                    rows=1,
-                    truncated=any(part.was_cut for part in parts),
-                    emptied=is_emptied,
-                    merged=any(part.is_merged for part in parts),
-                    apart=_is_apart(item, parts[0], prompt),
-                    special=any(token in turn.content for turn in item.row.turns for token in self._specials),
-                )
-            )
+            counts = chunk.counts
+            counts.rows += 1
+            counts.truncated += any(part.was_cut for part in parts)
+            counts.emptied += is_emptied
+            counts.merged += any(part.is_merged for part in parts)
+            counts.apart += _is_apart(item, parts[0], prompt)
+            counts.special += any(token in turn.content for turn in item.row.turns for token in self._specials)
             _note_prompt(chunk.prompts, example)
         return chunk
 
@@ -155,14 +153,15 @@ class Encoder:
         found = self.tokenizer(
             [rendered.text for rendered, _ in texts],
             add_special_tokens=False,
-            return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
+        assert found.encodings is not None, "template_for refuses slow tokenizers"
+        parts = zip(texts, found["input_ids"], found.encodings, strict=True)
         return [
-            _encoded(ids, np.array(offsets, dtype=np.int64).reshape(-1, 2), rendered, prefix, self.config.max_length)
-            for (rendered, prefix), ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True)
+            _encoded(ids, encoding, rendered, prefix, self.config.max_length)
+            for (rendered, prefix), ids, encoding in parts
         ]
 
     def _render(self, rows: Sequence[Row], chunk: Chunk) -> list[_Written]:
@@ -241,36 +240,66 @@ def _is_emptied(item: _Written, parts: Sequence[_Encoded], example: Example) -> 
 
 
 def _encoded(
-    ids: Sequence[int], offsets: np.ndarray, rendered: Rendered, prefix: tuple[int, ...], max_length: int
+    ids: Sequence[int], encoding: Encoding, rendered: Rendered, prefix: tuple[int, ...], max_length: int
 ) -> _Encoded:
-    """Labels from the trained spans. `offsets`: [num_tokens, 2] characters of the text."""
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    trained = np.zeros(len(ids), dtype=bool)
-    is_merged = False
-    for start, end in rendered.spans:
-        trained |= (starts >= start) & (starts < end)
-        is_merged |= bool(((starts < start) & (ends > start)).any())
+    """Labels from the trained spans. `encoding`: knows which characters of the text each token stands for."""
     text = rendered.text
     kept = max_length - len(prefix)
     was_cut = len(ids) > kept
     if was_cut:
-        text = text[: int(ends[kept - 1])]
-    trained = trained[:kept]
-    labels = np.where(trained, np.array(ids[:kept], dtype=np.int64), IGNORED)
-    edges = np.flatnonzero(np.diff(trained, prepend=False, append=False))
-    spans = tuple(
-        (int(starts[first]), min(int(ends[last - 1]), len(text)))
-        for first, last in zip(edges[::2], edges[1::2], strict=True)
-    )
+        text = text[: _characters(encoding, kept - 1)[1]]
+    ids_kept = ids[:kept]
+    labels = [IGNORED] * (len(prefix) + len(ids_kept))
+    runs, is_merged = _trained_runs(encoding, len(ids), rendered.spans)
+    spans: list[Span] = []
+    for begin, stop in runs:
+        stop = min(stop, kept)
+        if begin < stop:
+            labels[len(prefix) + begin : len(prefix) + stop] = ids_kept[begin:stop]
+            end = _characters(encoding, stop - 1)[1]
+            spans.append((_characters(encoding, begin)[0], min(end, len(text))))
     return _Encoded(
-        ids=(*prefix, *ids[:kept]),
-        labels=(*(IGNORED for _ in prefix), *labels.tolist()),
+        ids=(*prefix, *ids_kept),
+        labels=tuple(labels),
         text=text,
-        spans=spans,
+        spans=tuple(spans),
         was_cut=was_cut,
         is_merged=is_merged,
         uncut_ids=ids,
     )
+
+
+def _characters(encoding: Encoding, token: int) -> Span:
+    """The characters that a token stands for."""
+    found = encoding.token_to_chars(token)
+    assert found is not None, "no token is added to the text's own"
+    return found
+
+
+def _trained_runs(encoding: Encoding, num_tokens: int, spans: Sequence[Span]) -> tuple[list[tuple[int, int]], bool]:
+    """Runs of tokens that begin inside the spans, and whether some token reaches into one from before it.
+
+    Tokens begin in the order of the text, so each bound is found by halving: a table of all tokens' characters, which
+    takes Python as long as tokenising takes the tokenizer, is not made.
+    """
+    runs: list[tuple[int, int]] = []
+    is_merged = False
+
+    def begins(token: int) -> int:
+        return _characters(encoding, token)[0]
+
+    tokens = range(num_tokens)
+    for start, end in spans:
+        begin = bisect_left(tokens, start, key=begins)
+        stop = bisect_left(tokens, end, lo=begin, key=begins)
+        is_merged |= begin > 0 and _characters(encoding, begin - 1)[1] > start
+        if begin == stop:
+            continue
+        if runs and runs[-1][1] == begin:
+            runs[-1] = (runs[-1][0], stop)
+        else:
+            runs.append((begin, stop))
+    return runs, is_merged
 
 
 def _example(item: _Written, parts: Sequence[_Encoded], prompt: Sequence[int], specials: Sequence[str]) -> Example:
@@ -278,8 +307,8 @@ def _example(item: _Written, parts: Sequence[_Encoded], prompt: Sequence[int], s
     row = item.row
     starts = [0, *accumulate(len(part.text) + 1 for part in parts)]
     return Example(
-        input_ids=tuple(token for part in parts for token in part.ids),
-        labels=tuple(label for part in parts for label in part.labels),
+        input_ids=parts[0].ids if len(parts) == 1 else tuple(token for part in parts for token in part.ids),
+        labels=parts[0].labels if len(parts) == 1 else tuple(label for part in parts for label in part.labels),
         text="\n".join(part.text for part in parts),
         spans=tuple(
             (start + first, start + last)

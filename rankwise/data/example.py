@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
+
+import numpy as np
 
 from rankwise.data.plain_template import Span
 from rankwise.models.batch import IGNORED
+
+
+def runs(flags: np.ndarray) -> list[tuple[int, int]]:
+    """Where runs of true flags [n] begin and end."""
+    if not len(flags):
+        return []
+    edges = (np.flatnonzero(flags[1:] != flags[:-1]) + 1).tolist()
+    if flags[0]:
+        edges.insert(0, 0)
+    if flags[-1]:
+        edges.append(len(flags))
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 @dataclass(frozen=True)
@@ -54,5 +67,6 @@ class Example:
     def num_trained(self) -> int:
         """Targets, or labels that an earlier token predicts: the first position's does not count."""
         if self.targets:
-            return sum(target != IGNORED for target in self.targets)
-        return sum(label != IGNORED for label in islice(self.labels, 1, None))
+            return len(self.targets) - self.targets.count(IGNORED)
+        labels = self.labels
+        return len(labels) - labels.count(IGNORED) - (len(labels) > 0 and labels[0] != IGNORED)

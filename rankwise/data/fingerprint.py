@@ -65,14 +65,16 @@ def _code() -> str:
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The tokenizer as it is loaded: what its files say, whatever they are called and wherever they lie."""
-    fast = cast(PreTrainedTokenizerFast, tokenizer)
-    backend = json.loads(fast.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
-    for state in ("truncation", "padding"):  # of the last call, not of the tokenizer
-        backend.pop(state, None)
+    written = ""
+    if tokenizer.is_fast:
+        backend = cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer
+        backend.no_truncation()  # of the last call, not of the tokenizer; each call sets them anew
+        backend.no_padding()
+        written = backend.to_str()
     return {
         "class": type(tokenizer).__name__,
         "name": Path(tokenizer.name_or_path).name,  # is in messages
-        "backend": sha256_bytes(json.dumps(backend).encode()),
+        "backend": sha256_bytes(written.encode()),
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         "split_special": bool(getattr(tokenizer, "split_special_tokens", False)),
     }

@@ -30,13 +30,16 @@ def collate(examples: Sequence[Example], pad_id: int, packing: bool) -> Batch:
 
 def _packed(examples: Sequence[Example]) -> Batch:
     lengths = tuple(len(example.input_ids) for example in examples)
-    labels = [label for example in examples for label in (IGNORED, *example.labels[1:])]
+    ids = np.concatenate([np.array(example.input_ids, dtype=np.int64) for example in examples])
+    labels = np.concatenate([np.array(example.labels, dtype=np.int64) for example in examples])
+    starts = np.cumsum([0, *lengths[:-1]])
+    labels[starts] = IGNORED
     return Batch(
-        input_ids=_row([token for example in examples for token in example.input_ids]),
+        input_ids=_row(ids),
         labels=_row(labels),
-        example_index=_row([index for index, length in enumerate(lengths) for _ in range(length)]),
+        example_index=_row(np.repeat(np.arange(len(lengths)), lengths)),
         num_examples=len(examples),
-        position_ids=_row([position for length in lengths for position in range(length)]),
+        position_ids=_row(np.arange(len(ids)) - np.repeat(starts, lengths)),
         segment_lengths=lengths,
     )
 
@@ -61,8 +64,8 @@ def _padded(examples: Sequence[Example], pad_id: int) -> Batch:
     )
 
 
-def _row(values: list[int]) -> torch.Tensor:
-    return torch.tensor([values], dtype=torch.int64)
+def _row(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values)[None]
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:

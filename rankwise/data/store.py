@@ -21,7 +21,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from rankwise.data.example import Example
+from rankwise.data.example import Example, runs
 from rankwise.models.batch import IGNORED
 
 FORMAT = 1
@@ -60,12 +60,14 @@ def packed(example: Example) -> bytes:
     ids = np.array(example.input_ids, dtype=np.int32)
     for name in _NUMBERS:
         numbers = values[name]
-        if name == "labels" and (runs := _runs(ids, numbers)) is not None:
-            values[name] = [len(runs)]  # a list: runs of labels that are the tokens' own
-            arrays.append(runs)
+        if name == "labels" and (edges := _runs(ids, numbers)) is not None:
+            values[name] = [len(edges)]  # a list: runs of labels that are the tokens' own
+            arrays.append(edges)
             continue
         values[name] = len(numbers)
-        if numbers:
+        if name == "input_ids":
+            arrays.append(ids)
+        elif numbers:
             arrays.append(np.array(numbers, dtype=np.int32))
     for name in _TEXTS:
         text = values[name]
@@ -83,7 +85,7 @@ def _runs(ids: np.ndarray, labels: Sequence[int]) -> np.ndarray | None:
     trained = own != IGNORED
     if not np.array_equal(own[trained], ids[trained]):
         return None
-    return np.flatnonzero(np.diff(trained, prepend=False, append=False)).astype(np.int32)
+    return np.array(runs(trained), dtype=np.int32).reshape(-1)
 
 
 def unpacked(record: bytes, source: str, file: str, line: int) -> Example:
@@ -107,9 +109,9 @@ def unpacked(record: bytes, source: str, file: str, line: int) -> Example:
     return Example(**values, source=values["prompt_text"].removeprefix(source), file=file, line=line)
 
 
-def _labels(ids: tuple[int, ...], runs: Sequence[int]) -> tuple[int, ...]:
+def _labels(ids: tuple[int, ...], edges: Sequence[int]) -> tuple[int, ...]:
     labels = [IGNORED] * len(ids)
-    for start, end in zip(runs[::2], runs[1::2], strict=True):
+    for start, end in zip(edges[::2], edges[1::2], strict=True):
         labels[start:end] = ids[start:end]
     return tuple(labels)
 
