@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,27 @@ def test_classify(tmp_path: Path) -> None:
     summary = rw.train(read_run(EXAMPLES / "classify.yaml", changes), quiet=True)
     assert summary["steps"] == 3
     assert (tmp_path / "out" / "adapter" / "head.json").exists()
+
+
+CLUSTER = EXAMPLES / "cluster"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CLUSTER.glob("*.yaml")))
+def test_run_files_for_clusters_are_read(name):
+    from rankwise.recipes.run import read_run
+
+    run = read_run(CLUSTER / name)
+    assert run.model.device == "cuda" and run.output is not None
+    assert run.train.batch_size % 32 == 0 and run.train.batch_size >= 8 * run.train.micro_rows
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CLUSTER.iterdir() if path.suffix in (".sh", ".sbatch")))
+def test_scripts_for_clusters_start_torchrun_on_a_run_file(name):
+    from torch.distributed.run import get_args_parser
+
+    text = (CLUSTER / name).read_text(encoding="utf-8")
+    assert subprocess.run(["bash", "-n", str(CLUSTER / name)], check=False).returncode == 0
+    words = shlex.split(text[text.rindex("torchrun ") :].replace("\\\n", " "), comments=True)
+    found = get_args_parser().parse_args([word.replace("$SLURM_NNODES", "4") for word in words[1:]])
+    assert found.module and found.training_script == "rankwise" and found.training_script_args[0] == "train"
+    assert (EXAMPLES.parent / found.training_script_args[1]).is_file() and int(found.max_restarts) == 3
