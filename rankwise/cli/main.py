@@ -42,6 +42,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "demo": Command("rankwise.cli.demo", "fine-tune a real 135M model on this machine, measure it, merge it"),
     "train": Command("rankwise.cli.train", "one fine-tuning run from a run file", takes_processes=True),
+    "find-lr": Command("rankwise.cli.find_lr", "a learning rate for a run file, by a range test, with its curve"),
     "data preview": Command("rankwise.cli.data", "what is masked and what is trained on, before training"),
     "evaluate": Command(
         "rankwise.cli.evaluate", "loss and answers of a model, adapter or run on a data file", takes_processes=True

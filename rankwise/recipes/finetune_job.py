@@ -117,7 +117,7 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     objective = objective_of(run.train, StartingAdapter(model).in_place if goes_on else disabled)
     packing = run.data.packing is True
     batches = MicroBatches(objective, data.train.examples, order, run.train.micro_rows, data.pad_id, packing, device)
-    optimizer = _optimizer(run.train, model)
+    optimizer = optimizer_of(run.train, model)
     if is_state_shared(run.train, adapter_parameters(model)):
         share_state(optimizer)
     start = Path(run.adapter.folder) if isinstance(run.adapter, StartFrom) else None
@@ -176,7 +176,8 @@ def _plan(run: RunConfig, num_rows: int) -> LoopPlan:
     return LoopPlan(num_steps, rate, train.max_grad_norm)
 
 
-def _optimizer(train: TrainConfig, model: PreTrainedModel) -> torch.optim.Optimizer:
+def optimizer_of(train: TrainConfig, model: PreTrainedModel) -> torch.optim.Optimizer:
+    """A new optimizer over everything that is trained. Raises: RequestError for an LoRA+ ratio without effect."""
     faster = output_factors(model) if train.loraplus_ratio != 1.0 else set[str]()
     if train.loraplus_ratio != 1.0 and not faster:
         raise RequestError(

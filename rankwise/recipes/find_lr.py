@@ -1,0 +1,202 @@
+"""`rankwise find-lr`: a range test on a run's own model, adapter and data; the run's output folder is not touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from rankwise.attach.checkpoint import load_native_state, native_state
+from rankwise.errors import RequestError
+from rankwise.files import obstacle, replacing, write_text
+from rankwise.recipes.finetune_job import Job, optimizer_of, prepare
+from rankwise.recipes.run import RunConfig, read_run
+from rankwise.train.log import ProgressBar, peak_memory_bytes
+from rankwise.train.loop import LoopPlan, Progress, take_step
+from rankwise.train.objective import MicroBatch
+from rankwise.train.range_test import Found, RangeTest, one_pass, read_curve
+from rankwise.train.rng import seed_everything, untouched
+from rankwise.train.scale import LossScale
+
+_SECTION = re.compile(r"^train:[ \t]*(?P<inline>\{.*)?", re.MULTILINE)
+_RATE = re.compile(r"(?P<key>\blr:[ \t]*)(?P<value>[^\s,}#]+)")
+
+
+def find_lr(
+    run: RunConfig | Mapping[str, Any] | str | os.PathLike[str],
+    test: RangeTest | None = None,
+    picture: Path | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Tests growing rates and picks one: `lr`, `curve` (list of `lr`, `loss`), `lowest_at`, `current`, `picture`.
+
+    Args:
+        run: a run file, a mapping of the same shape, or a RunConfig.
+        test: the range; not given: 1e-5 to 1 in 40 steps, 3 restarts.
+        picture: where the curve is drawn, a PNG; None: nowhere.
+        quiet: print nothing on stderr.
+
+    Raises: RequestError for what is wrong with the request; WorkError when the curve speaks for no rate.
+    """
+    test = test or RangeTest()
+    config = read_run(run)
+    if picture is not None and (found := obstacle(picture)) is not None:
+        raise RequestError(f"the picture '{picture}' can't be made: {found}; choose another with --out")
+    job = prepare(_as_test(config, test), None, _silent if quiet else _say)
+    result = measure(job, test, quiet)
+    if picture is not None:
+        draw(result, config.train.lr, picture)
+    return {
+        "lr": result.lr,
+        "lowest_at": result.lowest_at,
+        "current": config.train.lr,
+        "curve": [{"lr": lr, "loss": loss} for lr, loss in result.curve],
+        "picture": None if picture is None else str(picture),
+    }
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _silent(line: str) -> None:
+    """Takes a line and prints nothing."""
+
+
+def _as_test(run: RunConfig, test: RangeTest) -> RunConfig:
+    """The run with the length and the schedule of the test."""
+    steps = test.num_restarts * test.num_steps
+    train = dataclasses.replace(
+        run.train, steps=steps, epochs=None, warmup=0, schedule="constant", lr_floor=0.0
+    )  # fmt: skip
+    return dataclasses.replace(run, train=train)
+
+
+def measure(job: Job, test: RangeTest, quiet: bool = True) -> Found:
+    """Runs the passes of `test` on a prepared run, and leaves its model as it was.
+
+    Raises: WorkError as `read_curve`.
+    """
+    rates = test.rates
+    start = {name: tensor.detach().clone() for name, tensor in native_state(job.model).items()}
+    passes: list[list[float]] = []
+    before: list[float] = []
+    with ProgressBar(test.num_restarts * test.num_steps, 0, shown=not quiet) as bar:
+        for restart in range(test.num_restarts):
+            first = restart * test.num_steps + 1
+            batches = [job.batches(first + number) for number in range(test.num_steps)]
+            losses = [_loss(job, step) for step in batches]
+            before += losses
+            passes.append(one_pass(rates, losses, _Trainer(job, batches, rates, restart, bar).step))
+            load_native_state(job.model, start)
+    return read_curve(rates, passes, sum(before) / len(before))
+
+
+def _loss(job: Job, batches: list[MicroBatch]) -> float:
+    """Mean loss of a step's rows, without training on them."""
+    total, count = 0.0, 0
+    with untouched(job.model, job.model.device), torch.no_grad():
+        for batch in batches:
+            if number := job.objective.count(batch):
+                total += float(job.objective.losses(job.model, batch).double().sum())
+                count += number
+    return total / max(count, 1)
+
+
+class _Trainer:
+    """One pass: its own optimizer, from the adapter's start."""
+
+    def __init__(
+        self, job: Job, batches: list[list[MicroBatch]], rates: list[float], restart: int, bar: ProgressBar
+    ) -> None:
+        self.job, self.batches, self.bar = job, batches, bar
+        self.done = restart * len(rates)
+        self.optimizer = optimizer_of(job.run.train, job.model)
+        self.plan = LoopPlan(len(rates), lambda step: rates[step - 1], job.plan.max_grad_norm)
+        self.progress = Progress(scale=LossScale.of(job.run.train.precision))
+        seed_everything(job.run.train.seed + restart)
+
+    def step(self, number: int, rate: float) -> float:
+        """Trains on the rows of step `number` at `rate`; their loss before the update."""
+        job = self.job
+        taken = take_step(job.model, self.optimizer, self.batches[number], job.objective, self.plan, self.progress)
+        self.bar.update(self.done + number + 1, taken.loss, self._tokens_per_s, peak_memory_bytes(job.model.device))
+        return taken.loss
+
+    @property
+    def _tokens_per_s(self) -> float:
+        return self.progress.num_tokens / self.progress.train_s
+
+
+def draw(found: Found, current: float, path: Path) -> None:
+    """Writes a PNG: the smoothed curve over the rates, the pick, the run's present rate."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([lr for lr, _ in found.curve], [loss for _, loss in found.curve], linewidth=2, label="loss, smoothed")
+    axes.axvline(found.lr, color="tab:green", label=f"pick: {found.lr:g}")
+    axes.axvline(found.lowest_at, color="tab:grey", linestyle=":", label=f"lowest at {found.lowest_at:.2g}")
+    axes.axvline(current, color="tab:orange", linestyle="--", label=f"the run file's: {current:g}")
+    axes.set(
+        xscale="log", xlabel="learning rate", ylabel="loss, nats per trained unit", title="learning-rate range test"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    canvas = FigureCanvasAgg(figure)
+    with replacing(path) as temporary:
+        canvas.print_figure(temporary, dpi=120, format="png")
+
+
+def apply_rate(run_file: Path, lr: float) -> None:
+    """Writes `train.lr` into a run file and leaves every other letter of it as it was.
+
+    Raises: RequestError when the file's own way of writing `train:` can't be changed so; it is then untouched.
+    """
+    before = run_file.read_text(encoding="utf-8")
+    after = with_rate(before, lr)
+    if after is None:
+        raise RequestError(
+            f"'{run_file}' writes train: in a way that can't be changed safely; set train.lr to {lr:g} there"
+        )
+    write_text(run_file, after)
+
+
+def with_rate(text: str, lr: float) -> str | None:
+    """The text of a run file with `train.lr` set; None where that can't be done without changing anything else."""
+    value = f"{lr:.1e}"
+    document = yaml.safe_load(text)
+    wanted = {**document, "train": {**(document.get("train") or {}), "lr": float(value)}}
+    for candidate in _candidates(text, value):
+        try:
+            if yaml.safe_load(candidate) == wanted:
+                return candidate
+        except yaml.YAMLError:
+            continue
+    return None
+
+
+def _candidates(text: str, value: str) -> list[str]:
+    """Ways to write the rate into the text; the right one is the one that reads back so."""
+    section = _SECTION.search(text)
+    if section is None:
+        return [f"{text.rstrip()}\ntrain:\n  lr: {value}\n" if text.strip() else f"train:\n  lr: {value}\n"]
+    found = [
+        text[: match.start("value")] + value + text[match.end("value") :]
+        for match in _RATE.finditer(text, section.start())
+    ]
+    brace = text.find("{", section.start())
+    if section["inline"] is not None:
+        empty = text[brace + 1 :].lstrip().startswith("}")
+        found.append(f"{text[: brace + 1]}lr: {value}{'' if empty else ', '}{text[brace + 1 :]}")
+    indent = re.search(r"\n([ \t]+)\S", text[section.end() :])
+    found.append(f"{text[: section.end()]}\n{indent[1] if indent else '  '}lr: {value}{text[section.end() :]}")
+    return found

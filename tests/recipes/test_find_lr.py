@@ -1,0 +1,79 @@
+"""find-lr on a tiny run: the pick trains, the model is left as it was, the run file is changed in one place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+
+from rankwise.attach.checkpoint import native_state
+from rankwise.errors import RequestError
+from rankwise.recipes.find_lr import apply_rate, find_lr, measure, with_rate
+from rankwise.recipes.finetune import train
+from rankwise.recipes.finetune_job import prepare
+from rankwise.recipes.run import read_run
+from rankwise.train.range_test import RangeTest
+from tests.recipes.trained import run_document, save_model
+
+SHORT = RangeTest(1e-4, 3.0, 24, 2)
+
+
+@pytest.fixture
+def document(tmp_path):
+    return run_document(tmp_path, save_model(tmp_path / "model"))
+
+
+def test_the_pick_trains_better_than_rates_far_from_it(tmp_path, document):
+    picture = tmp_path / "curve.png"
+    found = find_lr(document, SHORT, picture, quiet=True)
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert found["current"] == document["train"]["lr"] and not (tmp_path / "run").exists()
+    assert found["curve"][0]["lr"] == pytest.approx(1e-4) and found["lr"] < found["lowest_at"]
+
+    def valid_loss(lr: float, name: str) -> float:
+        section = {**document["train"], "lr": lr}
+        return train({**document, "train": section, "output": str(tmp_path / name)}, quiet=True)["best_valid_loss"]
+
+    assert valid_loss(found["lr"], "pick") < valid_loss(found["lr"] / 30, "low")
+
+
+def test_it_is_repeatable_and_leaves_the_model_as_it_was(document):
+    picks = []
+    for _ in range(2):
+        job = prepare(read_run({**document, "train": {**document["train"], "steps": 48}}), None, lambda line: None)
+        before = {name: tensor.clone() for name, tensor in native_state(job.model).items()}
+        picks.append(measure(job, SHORT))
+        after = native_state(job.model)
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert picks[0] == picks[1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data: {train: a.jsonl}\ntrain: {steps: 3, lr: 1.0e-3, seed: 1}  # why\noutput: out\n",
+        "train:\n  # the rate\n  lr: 2e-4   # was tried\n  steps: 3\ndata:\n  train: a.jsonl\n",
+        "train:\n    steps: 3\ndata: {train: a.jsonl}\n",
+        "data: {train: a.jsonl}\n",
+        "train: {}\ndata: {train: a.jsonl}\n",
+        "train: {steps: 3}\ndata: {train: lr.jsonl}\n",
+    ],
+)
+def test_only_the_rate_changes_in_the_file(text):
+    changed = with_rate(text, 3.1e-3)
+    assert changed is not None
+    wanted = yaml.safe_load(text)
+    wanted["train"] = {**(wanted.get("train") or {}), "lr": 3.1e-3}
+    assert yaml.safe_load(changed) == wanted
+    assert [line for line in text.splitlines() if "#" in line and "lr" not in line] == [
+        line for line in changed.splitlines() if "#" in line and "lr" not in line
+    ]
+
+
+def test_a_file_that_cannot_be_changed_safely_is_left_alone(tmp_path):
+    path = tmp_path / "run.yaml"
+    text = "shared: &train {steps: 3}\ntrain: *train\ndata: {train: a.jsonl}\n"
+    path.write_text(text)
+    with pytest.raises(RequestError, match=r"set train.lr to 0.0031 there"):
+        apply_rate(path, 3.1e-3)
+    assert path.read_text() == text
