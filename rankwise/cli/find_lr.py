@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--apply", action="store_true", help="write the rate into the run file, as train.lr")
     parser.add_argument("--lowest", type=float, default=1e-5, metavar="LR", help="the first rate (1e-5)")
     parser.add_argument("--highest", type=float, default=1.0, metavar="LR", help="the last rate (1)")
-    parser.add_argument("--steps", type=positive, default=40, metavar="N", help="steps from one to the other (40)")
+    parser.add_argument(
+        "--steps", type=positive, metavar="N", help="steps from one to the other; not given: the run's, from 40 to 100"
+    )
     parser.add_argument("--restarts", type=positive, default=3, metavar="N", help="passes that are averaged (3)")
     parser.add_argument(
         "--out", metavar="PNG", help="the picture of the curve; not given: RUN.find-lr.png beside the run file"
@@ -31,10 +33,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = read_run(args.run_file, args.overrides)
     if args.apply and any(override.startswith("train.lr=") for override in args.overrides):
         raise RequestError("--apply writes train.lr, and an override sets it too; leave one of them out")
-    from rankwise.recipes.find_lr import apply_rate, find_lr
+    from rankwise.recipes.find_lr import apply_rate, find_lr, steps_for
     from rankwise.train.range_test import RangeTest
 
-    test = RangeTest(args.lowest, args.highest, args.steps, args.restarts)
+    test = RangeTest(args.lowest, args.highest, args.steps or steps_for(config), args.restarts)
     file = Path(args.run_file).absolute()
     picture = Path(args.out).absolute() if args.out else file.with_name(f"{file.stem}.find-lr.png")
     result = find_lr(config, test, picture)

@@ -21,7 +21,7 @@ from rankwise.recipes.run import RunConfig, read_run
 from rankwise.train.log import ProgressBar, peak_memory_bytes
 from rankwise.train.loop import LoopPlan, Progress, take_step
 from rankwise.train.objective import MicroBatch
-from rankwise.train.range_test import Found, RangeTest, one_pass, read_curve
+from rankwise.train.range_test import LEAST_STEPS, MOST_STEPS, Found, RangeTest, one_pass, read_curve
 from rankwise.train.rng import seed_everything, untouched
 from rankwise.train.scale import LossScale
 
@@ -39,14 +39,14 @@ def find_lr(
 
     Args:
         run: a run file, a mapping of the same shape, or a RunConfig.
-        test: the range; not given: 1e-5 to 1 in 40 steps, 3 restarts.
+        test: the range; not given: 1e-5 to 1 in `steps_for` steps, 3 restarts.
         picture: where the curve is drawn, a PNG; None: nowhere.
         quiet: print nothing on stderr.
 
     Raises: RequestError for what is wrong with the request; WorkError when the curve speaks for no rate.
     """
-    test = test or RangeTest()
     config = read_run(run)
+    test = test or RangeTest(num_steps=steps_for(config))
     if picture is not None and (found := obstacle(picture)) is not None:
         raise RequestError(f"the picture '{picture}' can't be made: {found}; choose another with --out")
     job = prepare(_as_test(config, test), None, _silent if quiet else _say)
@@ -60,6 +60,12 @@ def find_lr(
         "curve": [{"lr": lr, "loss": loss} for lr, loss in result.curve],
         "picture": None if picture is None else str(picture),
     }
+
+
+def steps_for(run: RunConfig) -> int:
+    """Steps of a pass for a run: as many as it has, from 40 to 100; 100 where its epochs say how long it is."""
+    steps = run.train.steps
+    return MOST_STEPS if steps is None else min(max(steps, LEAST_STEPS), MOST_STEPS)
 
 
 def _say(line: str) -> None:

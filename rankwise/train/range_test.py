@@ -9,7 +9,8 @@ step to step, by a constant factor, until the loss rises. Two things make the cu
   neighbouring rates.
 
 The pick is a fixed part of the rate at which the curve is lowest: there one more step still helped, but a run is long,
-and stays at its rate (`PART_OF_LOWEST`, chosen by the measurement in docs/log.md). A pass ends early where it diverges.
+and stays at its rate (`PART_OF_LOWEST`, a rule of thumb that no grid of runs has confirmed yet). A pass ends early where
+it diverges.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from dataclasses import dataclass
 from rankwise.errors import RequestError, WorkError
 
 LOWEST_LR, HIGHEST_LR = 1e-5, 1.0
-NUM_STEPS = 40
-"""Eight for each factor of ten."""
+LEAST_STEPS, MOST_STEPS = 40, 100
+"""Of a pass, where nobody says how many: as many as the run has, within these; 8 to 20 for each factor of ten."""
 NUM_RESTARTS = 3
 DIVERGED = 0.25
 """A pass ends when its loss is above that of the untrained model by this part of it, at the mean of the last three."""
 PART_OF_LOWEST = 1 / 3
 SMOOTHED_OVER = 2.0
 """Standard deviation, in steps, of the Gaussian that the mean curve is smoothed with."""
-NOTICEABLE = 0.01
+NOTICEABLE = 0.005
 """A curve that never falls by this part of the untrained loss says nothing."""
 
 
@@ -42,7 +43,7 @@ class RangeTest:
 
     lowest: float = LOWEST_LR
     highest: float = HIGHEST_LR
-    num_steps: int = NUM_STEPS
+    num_steps: int = LEAST_STEPS
     num_restarts: int = NUM_RESTARTS
 
     def __post_init__(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 
 from rankwise.errors import RequestError, WorkError
-from rankwise.train.range_test import NUM_STEPS, PART_OF_LOWEST, RangeTest, one_pass, read_curve
+from rankwise.train.range_test import LEAST_STEPS, PART_OF_LOWEST, RangeTest, one_pass, read_curve
 
 
 def valley(rate: float, best: float = 1e-2) -> float:
@@ -19,8 +20,8 @@ def valley(rate: float, best: float = 1e-2) -> float:
 def test_rates_grow_by_a_constant_factor():
     rates = RangeTest(1e-5, 1.0, 11).rates
     assert rates[0] == 1e-5 and rates[-1] == pytest.approx(1.0) and len(rates) == 11
-    assert all(b / a == pytest.approx(10**0.5) for a, b in zip(rates, rates[1:], strict=False))
-    assert len(RangeTest().rates) == NUM_STEPS
+    assert all(b / a == pytest.approx(10**0.5) for a, b in itertools.pairwise(rates))
+    assert len(RangeTest().rates) == LEAST_STEPS
 
 
 @pytest.mark.parametrize(
