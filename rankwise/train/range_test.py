@@ -9,7 +9,7 @@ step to step, by a constant factor, until the loss rises. Two things make the cu
   neighbouring rates.
 
 The pick is a fixed part of the rate at which the curve is lowest: there one more step still helped, but a run is long,
-and stays at its rate (`PART_OF_LOWEST`, a rule of thumb that no grid of runs has confirmed yet). A pass ends early where
+and stays at its rate (`PART_OF_LOWEST`, a rule of thumb that no grid of runs has confirmed). A pass ends early where
 it diverges.
 """
 
