@@ -20,15 +20,16 @@ import io
 import lzma
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from rankwise.data.readers.columnar import read_arrow, read_parquet
 from rankwise.data.readers.delimited import read_csv, read_tsv
 from rankwise.data.readers.json_files import read_json, read_jsonl
 from rankwise.data.readers.records import Item, UnreadableError
 from rankwise.data.readers.text_files import read_lines
+from rankwise.data.streams import Stream
 
-Reader = Callable[[BinaryIO], Iterator[Item]]
+Reader = Callable[[Stream], Iterator[Item]]
 
 
 @dataclass(frozen=True)
@@ -51,26 +52,26 @@ class Compression:
 
     suffix: str
     magic: bytes
-    open: Callable[[BinaryIO], BinaryIO]
+    open: Callable[[Stream], Stream]
 
 
-def _gzip(stream: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, gzip.GzipFile(fileobj=stream, mode="rb"))
+def _gzip(stream: Stream) -> Stream:
+    return cast(Stream, gzip.GzipFile(fileobj=stream, mode="rb"))
 
 
-def _bzip2(stream: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, bz2.BZ2File(stream))
+def _bzip2(stream: Stream) -> Stream:
+    return cast(Stream, bz2.BZ2File(stream))
 
 
-def _xz(stream: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, lzma.LZMAFile(stream))
+def _xz(stream: Stream) -> Stream:
+    return cast(Stream, lzma.LZMAFile(stream))
 
 
-def _zstd(stream: BinaryIO) -> BinaryIO:
+def _zstd(stream: Stream) -> Stream:
     import pyarrow as pa
 
     whole: Any = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
-    return cast(BinaryIO, io.BufferedReader(whole))
+    return cast(Stream, io.BufferedReader(whole))
 
 
 FILE_KINDS: dict[str, FileKind] = {

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 from rankwise.data.config import HUB_PREFIX, PARAGRAPH
 from rankwise.data.file_kinds import (
@@ -33,6 +33,7 @@ from rankwise.data.file_kinds import (
 from rankwise.data.hub_rows import hub_hash, read_hub
 from rankwise.data.readers.records import Fault, Item, UnreadableError
 from rankwise.data.readers.text_files import read_paragraphs
+from rankwise.data.streams import Stream
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.files import sha256_file
 
@@ -190,7 +191,7 @@ def _opened(file: str, kind: str, compression: str | None, text_rows: str) -> It
         yield from _records(stream, kind, compression, text_rows)
 
 
-def _records(stream: BinaryIO, kind: str, compression: str | None, text_rows: str) -> Iterator[Item]:
+def _records(stream: Stream, kind: str, compression: str | None, text_rows: str) -> Iterator[Item]:
     """The records in an opened file.
 
     Raises: UnreadableError when its content is not what its name says; what the layers below raise.
@@ -234,7 +235,7 @@ def _member(file: str, member: zipfile.ZipInfo, kind: str, text_rows: str) -> Ca
         with zipfile.ZipFile(file) as archive:
             compression = named_compression(member.filename)
             with archive.open(member) as stream:
-                yield from _records(cast(BinaryIO, stream), kind, compression, text_rows)
+                yield from _records(cast(Stream, stream), kind, compression, text_rows)
 
     return lambda: _guarded(records)
 

@@ -11,15 +11,16 @@ import datetime
 import decimal
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 from rankwise.data.readers.records import Fault, Item, Record, UnreadableError, flaw, header_flaw
+from rankwise.data.streams import Stream
 
 BATCH_ROWS = 1000
 _FILE_MAGIC = b"ARROW1"
 
 
-def read_parquet(stream: BinaryIO) -> Iterator[Item]:
+def read_parquet(stream: Stream) -> Iterator[Item]:
     """The rows of a Parquet file.
 
     Raises: UnreadableError for a file that is not Parquet, or whose pages are damaged (from the first damaged row on).
@@ -38,7 +39,7 @@ def read_parquet(stream: BinaryIO) -> Iterator[Item]:
         raise UnreadableError(f"can't be read as Parquet: {_short(error)}", first) from None
 
 
-def read_arrow(stream: BinaryIO) -> Iterator[Item]:
+def read_arrow(stream: Stream) -> Iterator[Item]:
     """The rows of an Arrow file or stream (Feather 2 is an Arrow file).
 
     Raises: UnreadableError for a file that is neither, or is damaged (from the first damaged row on).

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from rankwise.data.readers.lines import Line, lines, not_utf8
 from rankwise.data.readers.records import MAX_ROW_BYTES, Fault, Item, Record, UnreadableError, header_flaw
+from rankwise.data.streams import Stream
 from rankwise.errors import counted
 
 _CLOSING = re.compile(r'[^"]*(?:""[^"]*)*"(?!")')
@@ -26,17 +26,17 @@ class _OpenError(Exception):
     """The record goes on: a quote is still open."""
 
 
-def read_csv(stream: BinaryIO) -> Iterator[Item]:
+def read_csv(stream: Stream) -> Iterator[Item]:
     """Comma-separated rows, by the names in the first."""
     return _rows(stream, ",")
 
 
-def read_tsv(stream: BinaryIO) -> Iterator[Item]:
+def read_tsv(stream: Stream) -> Iterator[Item]:
     """Tab-separated rows, by the names in the first."""
     return _rows(stream, "\t")
 
 
-def _rows(stream: BinaryIO, separator: str) -> Iterator[Item]:
+def _rows(stream: Stream, separator: str) -> Iterator[Item]:
     source = lines(stream)
     header: list[str] | None = None
     for line in source:

@@ -12,10 +12,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from io import BytesIO
-from typing import Any, BinaryIO
+from typing import Any
 
 from rankwise.data.readers.lines import UTF8_MARK, check_encoding, lines, not_utf8
 from rankwise.data.readers.records import MAX_DEPTH, Fault, Item, Record, UnreadableError, flaw, type_name
+from rankwise.data.streams import Stream
 
 MAX_JSON_BYTES = 2**30
 _ROWS_KEY = "data"
@@ -61,7 +62,7 @@ class _Decoder:
         return value
 
 
-def read_jsonl(stream: BinaryIO) -> Iterator[Item]:
+def read_jsonl(stream: Stream) -> Iterator[Item]:
     """One object a line; a blank line is skipped."""
     decoder = _Decoder()
     is_first = True
@@ -112,7 +113,7 @@ def _check_one_object_a_line(content: bytes, number: int) -> None:
         raise UnreadableError("is one JSON list, not an object a line; name the file .json", number)
 
 
-def read_json(stream: BinaryIO) -> Iterator[Item]:
+def read_json(stream: Stream) -> Iterator[Item]:
     """A list of rows, an object of columns (lists of equal length), `{"data": [rows]}`, one row; JSONL is taken too.
 
     Raises: UnreadableError for a file that is too large, not UTF-8, or not JSON.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
 
 from rankwise.data.readers.records import MAX_ROW_BYTES, UnreadableError
+from rankwise.data.streams import Stream
 
 UTF8_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -22,7 +22,7 @@ class Line:
     fault: str | None = None
 
 
-def lines(stream: BinaryIO) -> Iterator[Line]:
+def lines(stream: Stream) -> Iterator[Line]:
     """The lines of a stream. A byte order mark is left out, and so is what a line has beyond the bound.
 
     Raises: UnreadableError for UTF-16.
@@ -53,7 +53,7 @@ def not_utf8(content: bytes, error: UnicodeDecodeError) -> str:
     return f"not UTF-8: byte 0x{content[error.start]:02X} at byte {error.start + 1} of the line"
 
 
-def _skip_rest(stream: BinaryIO) -> int:
+def _skip_rest(stream: Stream) -> int:
     """Reads on to the end of the line, and says how many bytes that were."""
     length = 0
     while content := stream.readline(_MIB):

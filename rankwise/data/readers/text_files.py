@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from rankwise.data.readers.lines import Line, lines, not_utf8
 from rankwise.data.readers.records import MAX_ROW_BYTES, Fault, Item, Record
+from rankwise.data.streams import Stream
 
 FIELD = "text"
 
 
-def read_lines(stream: BinaryIO) -> Iterator[Item]:
+def read_lines(stream: Stream) -> Iterator[Item]:
     """Each line that is not blank, as the field `text`."""
     for line in lines(stream):
         yield _item([line]) if line.content.strip() or line.fault is not None else None
 
 
-def read_paragraphs(stream: BinaryIO) -> Iterator[Item]:
+def read_paragraphs(stream: Stream) -> Iterator[Item]:
     """Lines up to a blank one, with the line breaks between them, as the field `text`."""
     paragraph: list[Line] = []
     length = 0
