@@ -1,9 +1,9 @@
 """Chunks of rows, encoded by several processes and given back in order: what comes out does not depend on how many.
 
-Processes rather than the tokenizer's own threads: about half of the time goes into templates and labels, which are
-Python (measured in docs/log.md). Each is a fresh interpreter that talks over a socket with a thread of this one; no
-code of the caller's runs in it, so a script needs no `if __name__ == "__main__"`, and CUDA and torch's threads in this
-process are left alone, as they would not be by a fork.
+Processes rather than the tokenizer's own threads: more than half of the time is Python (templates, labels), which
+threads do not share. On two cores that gains little, and nothing below some 100,000 rows (docs/log.md). Each is a fresh
+interpreter that talks over a socket with a thread of this one; no code of the caller's runs in it, so a script needs no
+`if __name__ == "__main__"`, and CUDA and torch's threads here are left alone, as they would not be by a fork.
 """
 
 from __future__ import annotations
