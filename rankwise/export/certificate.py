@@ -1,8 +1,8 @@
 """What merging changed, measured: logits of the adapter model against those of the merged model.
 
 Both models run in fp32 arithmetic on the weights as they are stored, so that the figures show what rounding the merged
-weights changed, on any machine. Legend: V and W vocabularies; the other axis is the
-positions of one probe.
+weights changed, on any machine. Legend: V the vocabulary (for an encoder without a head, the probe's own positions);
+the other axis is the positions of one probe.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def trim_probes(probes: Sequence[Sequence[int]], most: int = MAX_PROBE_TOKENS) -
     return kept
 
 
-def probe_logits(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> list[Float[Tensor, "_ V"]]:
+def probe_logits(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> list[Float[Tensor, "_ _"]]:
     """Logits of each probe run alone, fp32 on the CPU; dropout off, no gradient."""
     was_training = model.training
     model.eval()
@@ -129,7 +129,7 @@ def _logits(model: PreTrainedModel, row: Int64[Tensor, "1 _"]) -> Float[Tensor, 
     return output.logits[:, None]
 
 
-def compare(first: Sequence[Float[Tensor, "_ V"]], second: Sequence[Float[Tensor, "_ W"]]) -> Difference:
+def compare(first: Sequence[Float[Tensor, "_ _"]], second: Sequence[Float[Tensor, "_ _"]]) -> Difference:
     """How the second model's logits differ from the first's, over all positions of all probes.
 
     Raises: RequestError when the two have different shapes.

@@ -55,7 +55,7 @@ def test_the_command_is_installed_as_a_module():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "no command given; one of: demo, train, data preview"),
+        ([], "no command given; one of: demo, train, find-lr, data preview"),
         (["evluate"], "unknown command 'evluate'; did you mean 'evaluate'?"),
         (["serve"], "unknown command 'serve'"),
         (["data"], "unknown command 'data'; did you mean 'data preview'?"),
