@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from rankwise.data.config import AUTO, OFF
 from rankwise.errors import RequestError, WriteError
 from rankwise.files import obstacle, replacing_folder, sha256_bytes, sha256_file, write_json
+from rankwise.say import Say
 
 RECORD = "record.json"
 HOME_VARIABLE = "RANKWISE_CACHE"
@@ -34,8 +35,6 @@ LEAST_BYTES = 2**20
 """`auto` caches data of this size and more: less than that is encoded as fast as it is read back."""
 STALE_S = 24 * 60 * 60
 """A temporary folder that old is what a killed process left."""
-
-Say = Callable[[str], None]
 
 
 def cache_folder(setting: str, data_bytes: int) -> Path | None:

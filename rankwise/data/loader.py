@@ -7,7 +7,6 @@ problems.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.cache import Say, cache_folder, entry
+from rankwise.data.cache import cache_folder, entry
 from rankwise.data.config import HUB_PREFIX, WHOLE, DataConfig, paths_of
 from rankwise.data.encoder import Counts, Prompts
 from rankwise.data.fingerprint import fingerprint
@@ -27,17 +26,13 @@ from rankwise.data.store import Examples, Store, StoreWriter
 from rankwise.data.workers import Encoding, encoded_chunks, num_workers
 from rankwise.errors import RequestError, WriteError, counted
 from rankwise.models.labels import Labels
+from rankwise.say import Say, to_stderr
 
 Check = Callable[[str, str], None]
 """Takes the formats found so far and why; raises what is wrong with them."""
 
 HUB_BYTES = 64 * 2**20
 """What a data set of the Hub is taken for when processes are counted: its size is not asked for."""
-
-
-def to_stderr(line: str) -> None:
-    """Prints a line for people."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def load_examples(

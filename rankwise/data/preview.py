@@ -14,12 +14,13 @@ from rankwise.data.head_encoder import HEAD_LAYOUTS, HEAD_ROWS
 from rankwise.data.labels import Survey, imbalance_warning, labels_of, survey, survey_training
 from rankwise.data.lengths import SHOWN_OUTLIERS, histogram, outliers, padded_efficiency, shares
 from rankwise.data.loaded import Loaded, leak_warning, num_duplicates, num_leaked
-from rankwise.data.loader import accepted, load_split, to_stderr
+from rankwise.data.loader import accepted, load_split
 from rankwise.data.overlap import Overlap, near_warnings, overlaps, said
 from rankwise.data.rows import Problem, tolerated
 from rankwise.data.store import Examples
 from rankwise.data.training_set import load_sources, training_set
 from rankwise.errors import counted
+from rankwise.say import to_stderr
 
 LANGUAGE_ROWS = 500
 """Training rows whose language is guessed, evenly spread."""

@@ -10,7 +10,6 @@ from itertools import pairwise
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.cache import Say
 from rankwise.data.config import AUTO, BY_HASH, BY_ROW, DataConfig, Source
 from rankwise.data.loaded import Loaded
 from rankwise.data.loader import Check, load_split
@@ -20,6 +19,7 @@ from rankwise.data.splits import auto_rows, held_out_by_key, held_out_by_row
 from rankwise.data.store import Examples
 from rankwise.errors import RequestError, counted
 from rankwise.models.labels import Labels
+from rankwise.say import Say
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import torch
 import yaml
 
 from rankwise.attach.checkpoint import load_native_state, native_state
-from rankwise.errors import RequestError
+from rankwise.errors import RequestError, WorkError
 from rankwise.files import obstacle, replacing, write_text
 from rankwise.recipes.finetune_job import Job, optimizer_of, prepare
 from rankwise.recipes.run import RunConfig, read_run
+from rankwise.say import silent, to_stderr
 from rankwise.train.log import ProgressBar, peak_memory_bytes
 from rankwise.train.loop import LoopPlan, Progress, take_step
 from rankwise.train.objective import MicroBatch
@@ -49,7 +49,7 @@ def find_lr(
     test = test or RangeTest(num_steps=steps_for(config))
     if picture is not None and (found := obstacle(picture)) is not None:
         raise RequestError(f"the picture '{picture}' can't be made: {found}; choose another with --out")
-    job = prepare(_as_test(config, test), None, _silent if quiet else _say)
+    job = prepare(_as_test(config, test), None, silent if quiet else to_stderr)
     result = measure(job, test, quiet)
     if picture is not None:
         draw(result, config.train.lr, picture)
@@ -66,14 +66,6 @@ def steps_for(run: RunConfig) -> int:
     """Steps of a pass for a run: as many as it has, from 40 to 100; 100 where its epochs say how long it is."""
     steps = run.train.steps
     return MOST_STEPS if steps is None else min(max(steps, LEAST_STEPS), MOST_STEPS)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _silent(line: str) -> None:
-    """Takes a line and prints nothing."""
 
 
 def _as_test(run: RunConfig, test: RangeTest) -> RunConfig:
@@ -98,22 +90,26 @@ def measure(job: Job, test: RangeTest, quiet: bool = True) -> Found:
         for restart in range(test.num_restarts):
             first = restart * test.num_steps + 1
             batches = [job.batches(first + number) for number in range(test.num_steps)]
-            losses = [_loss(job, step) for step in batches]
+            losses = [untrained_loss(job, step) for step in batches]
             before += losses
-            passes.append(one_pass(rates, losses, _Trainer(job, batches, rates, restart, bar).step))
-            load_native_state(job.model, start)
+            try:
+                passes.append(one_pass(rates, losses, _Trainer(job, batches, rates, restart, bar).step))
+            finally:
+                load_native_state(job.model, start)
     return read_curve(rates, passes, sum(before) / len(before))
 
 
-def _loss(job: Job, batches: list[MicroBatch]) -> float:
-    """Mean loss of a step's rows, without training on them."""
+def untrained_loss(job: Job, batches: list[MicroBatch]) -> float:
+    """Mean loss of a step's rows under the model as it is, with dropout off: what its step would start from."""
+    trained = [batch for batch in batches if job.objective.count(batch)]
     total, count = 0.0, 0
-    with untouched(job.model, job.model.device), torch.no_grad():
-        for batch in batches:
-            if number := job.objective.count(batch):
-                total += float(job.objective.losses(job.model, batch).double().sum())
-                count += number
-    return total / max(count, 1)
+    with untouched(job.model, job.model.device), torch.no_grad(), job.objective.meter.closed():
+        for losses in job.objective.losses_of(job.model, trained):
+            total += float(losses.double().sum())
+            count += losses.numel()
+    if not count:
+        raise WorkError("a step has nothing that is trained on; see `rankwise data preview`, or raise train.batch_size")
+    return total / count
 
 
 class _Trainer:

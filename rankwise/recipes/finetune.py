@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from rankwise.recipes.output import RunFolder
 from rankwise.recipes.provenance import adapter_hashes
 from rankwise.recipes.resume import usable_checkpoint
 from rankwise.recipes.run import RunConfig, read_run, run_yaml
+from rankwise.say import silent, to_stderr
 from rankwise.train.batches import InStep
 from rankwise.train.interrupt import Interrupted, StopRequest
 from rankwise.train.log import ProgressBar, peak_memory_bytes
@@ -59,7 +59,7 @@ def train(
     folder = RunFolder(Path(config.output))
     with distributed.joined(), contextlib.ExitStack() as held:
         quiet = quiet or not distributed.is_first()
-        say = _silent if quiet else _say
+        say = silent if quiet else to_stderr
         is_restart = distributed.any_process(distributed.is_restart())  # each machine counts its own
         is_there, checkpoint = distributed.from_first(lambda: _find(folder, resume, is_restart, held, say))
         job = prepare(config, checkpoint, say)
@@ -86,14 +86,6 @@ def _make(folder: RunFolder, held: contextlib.ExitStack) -> None:
     folder.create()
     held.enter_context(folder.locked())
     folder.take_over(distributed.job_id())
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _silent(line: str) -> None:
-    """Takes a line and prints nothing."""
 
 
 def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | None, quiet: bool) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise.data.cache import Say
 from rankwise.data.formats import FORMATS
 from rankwise.data.labels import check_labels
 from rankwise.data.loaded import Loaded, num_leaked
@@ -23,6 +22,7 @@ from rankwise.models.load import load_tokenizer
 from rankwise.models.probing import num_positions
 from rankwise.recipes.heads import training_labels
 from rankwise.recipes.run import RunConfig, StartFrom
+from rankwise.say import Say
 from rankwise.train.needs import NEEDS, remedy_for
 from rankwise.train.order import Share
 

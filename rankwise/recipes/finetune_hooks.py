@@ -10,9 +10,10 @@ from rankwise.evaluate.generate import generate_answers
 from rankwise.evaluate.perplexity import LossError, measure_loss
 from rankwise.recipes.finetune_job import Job
 from rankwise.recipes.output import RunFolder
+from rankwise.say import Say
 from rankwise.train.config import Every
 from rankwise.train.interrupt import Interrupted, StopRequest
-from rankwise.train.log import ProgressBar, Say, peak_memory_bytes
+from rankwise.train.log import ProgressBar, peak_memory_bytes
 from rankwise.train.loop import Hook, Step
 from rankwise.train.objective import means
 from rankwise.train.rng import untouched

@@ -38,9 +38,9 @@ from rankwise.recipes.processes import bring_in_step, check_same_data, check_spr
 from rankwise.recipes.provenance import data_hashes, provenance
 from rankwise.recipes.resume import check_length, check_settings, run_precision, training_settings
 from rankwise.recipes.run import RunConfig, StartFrom, check_task_type, with_section
+from rankwise.say import Say
 from rankwise.train.batches import MicroBatches
 from rankwise.train.config import AUTO, TrainConfig
-from rankwise.train.log import Say
 from rankwise.train.loop import LoopPlan, Progress
 from rankwise.train.objective import Objective
 from rankwise.train.objectives import objective_of

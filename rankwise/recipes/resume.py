@@ -13,8 +13,8 @@ from rankwise.errors import RequestError
 from rankwise.recipes.output import RunFolder
 from rankwise.recipes.provenance import joined_hash
 from rankwise.recipes.run import RunConfig, run_document
+from rankwise.say import Say
 from rankwise.train.config import AUTO, TrainConfig
-from rankwise.train.log import Say
 from rankwise.train.optim import learning_rate
 from rankwise.train.precision import Precision, choose_precision
 from rankwise.train.state import Checkpoint, drop_newer, find_checkpoint

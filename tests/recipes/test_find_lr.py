@@ -8,12 +8,14 @@ import yaml
 
 from rankwise.attach.checkpoint import native_state
 from rankwise.errors import RequestError
-from rankwise.recipes.find_lr import apply_rate, find_lr, measure, with_rate
+from rankwise.recipes.find_lr import apply_rate, find_lr, measure, untrained_loss, with_rate
 from rankwise.recipes.finetune import train
 from rankwise.recipes.finetune_job import prepare
 from rankwise.recipes.run import read_run
+from rankwise.train.loop import take_step
 from rankwise.train.range_test import RangeTest
 from tests.recipes.trained import run_document, save_model
+from tests.train.objective_cases import CASES
 
 SHORT = RangeTest(1e-4, 3.0, 24, 2)
 
@@ -46,6 +48,26 @@ def test_it_is_repeatable_and_leaves_the_model_as_it_was(document):
         after = native_state(job.model)
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert picks[0] == picks[1]
+
+
+@pytest.mark.parametrize("objective", CASES)
+def test_the_change_at_the_first_step_is_nothing(tmp_path, objective):
+    """Whatever is trained, and though a step has several micro batches: both losses are of one model and step."""
+    case = CASES[objective]
+    rows = case.write_rows(tmp_path / "train.jsonl", 12)
+    run = {
+        "model": {"name": str(case.save_model(tmp_path / "model")), "device": "cpu"},
+        "adapter": {"r": 4},
+        "data": {"train": str(rows), "valid_split": 0},
+        "train": {
+            "objective": objective, "steps": 3, "batch_size": 6, "micro_batch_size": 4, "precision": "fp32",
+        },
+    }  # fmt: skip
+    job = prepare(read_run(run), None, lambda line: None)
+    before = untrained_loss(job, job.batches(1))
+    step = take_step(job.model, job.optimizer, job.batches(1), job.objective, job.plan, job.progress)
+    assert before == pytest.approx(step.loss, rel=1e-6)
+    assert untrained_loss(job, job.batches(1)) < before
 
 
 @pytest.mark.parametrize(
