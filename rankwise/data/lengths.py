@@ -11,7 +11,9 @@ from rankwise.data.packing import epoch_order
 
 BINS = 30
 FAR_OUT = 3.0
-"""Outliers lie above the third quartile by more than so many interquartile ranges (Tukey 1977, "far out")."""
+"""Outliers lie above the third quartile by more than so many interquartile ranges (Tukey 1977, "far out") ..."""
+LEAST_FACTOR = 2.0
+"""... and have at least so many times the median's tokens: rows of nearly one length have no outliers."""
 SHOWN_OUTLIERS = 5
 
 
@@ -29,8 +31,8 @@ def outliers(lengths: np.ndarray) -> list[int]:
     """Rows that are far longer than the others, longest first."""
     if len(lengths) < 4:
         return []
-    low, high = np.percentile(lengths, [25, 75])
-    far = np.flatnonzero(lengths > high + FAR_OUT * max(high - low, 1))
+    low, median, high = np.percentile(lengths, [25, 50, 75])
+    far = np.flatnonzero(lengths > max(high + FAR_OUT * max(high - low, 1), LEAST_FACTOR * median))
     return far[np.argsort(-lengths[far], kind="stable")].tolist()
 
 

@@ -82,6 +82,7 @@ def test_histogram_counts_every_row():
 
 def test_outliers_are_far_beyond_the_quartiles():
     assert outliers(np.array([10, 11, 12, 13, 14, 10, 11, 12, 90, 500])) == [9, 8]
+    assert outliers(np.array([100, 100, 101, 101, 101, 102, 150])) == []  # not twice the median
     assert outliers(np.array([10, 11, 12, 13, 14])) == [] and outliers(np.array([1, 900])) == []
 
 
