@@ -128,7 +128,11 @@ def test_starting_from_an_adapter(tmp_path: Path) -> None:
         ("data={valid: null, valid_split: 0}", ("train.evaluate_every (50)", "no effect", "data.valid")),
         ("train.evaluate_every=0", ("data.valid has no effect", "train.evaluate_every")),
         ("tasks={rude: 1}", ("tasks", "rude", "not available yet")),
-        ("ranks.policy=grow", ("ranks.policy", "grow", "fixed")),
+        ("ranks.policy=grown", ("ranks.policy", "did you mean 'grow'")),
+        (
+            "ranks={policy: layered, depth: up, every: 3}",
+            ("ranks.every has no effect", "plan, depth, budget, min, max"),
+        ),
         ("data.format=text", ("train.objective=text",)),
         ("output=[1]", ("output", "folder")),
         ("nonsense", ("nonsense", "key=value")),

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from rankwise.errors import RequestError
-from rankwise.ranks.config import RanksConfig
 from rankwise.train import optimizers
 from rankwise.train.config import OPTIMIZERS, Every, TrainConfig
 from rankwise.train.needs import NEEDS
@@ -106,14 +105,6 @@ def test_every_counts_epochs() -> None:
 def test_auto_is_ten_times_a_run() -> None:
     every = Every.parse("auto", "x", num_steps=95)
     assert sum(every.due(s, 1, 1) for s in range(1, 96)) == 9  # and the last step, which the caller adds
-
-
-def test_ranks_are_fixed_for_now() -> None:
-    assert RanksConfig().policy == "fixed"
-    with pytest.raises(RequestError, match="'grow' is not available yet; use fixed"):
-        RanksConfig(policy="grow")
-    with pytest.raises(RequestError, match="did you mean 'fixed'"):
-        RanksConfig(policy="fixd")
 
 
 def test_no_torch_for_a_configuration() -> None:
