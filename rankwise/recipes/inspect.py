@@ -1,8 +1,6 @@
 """Inspect: what an adapter folder holds, from its two files alone; the base is never loaded.
 
-The scaled update s B A of a layer has the singular values of s R_B R_A^T, where B = Q_B R_B and A^T = Q_A R_A: two thin
-QR factorisations and the SVD of an r x r matrix, whatever the size of the layer. `effective_rank` is exp of the entropy
-of the normalised singular values (Roy and Vetterli 2007, EUSIPCO, section 2), `norm` the Frobenius norm.
+`effective_rank` and `norm` (Frobenius) are of the scaled update s B A, by its factors (`rankwise.ranks.factored`).
 """
 
 from __future__ import annotations
@@ -12,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from rankwise.adapters.config import LoraConfig
@@ -22,6 +18,7 @@ from rankwise.attach.checkpoint import read_config, read_tensors
 from rankwise.attach.peft_format import EMBEDDING_NAMES, WEIGHTS_FILE
 from rankwise.attach.targets import alpha_in
 from rankwise.errors import RequestError
+from rankwise.ranks.factored import effective_rank, singular_values
 from rankwise.recipes.output import RUN_FILE
 from rankwise.train.state import ADAPTER
 
@@ -95,19 +92,3 @@ def report(config: LoraConfig, module: str, A: Tensor, B: Tensor) -> ModuleRepor
     rank = A.shape[0]
     values = singular_values(A.flatten(1), B.flatten(1)) * scale_of(alpha_in(config, module), rank, config.use_rslora)
     return ModuleReport(module, rank, effective_rank(values), float(values.square().sum().sqrt()))
-
-
-def singular_values(A: Float[Tensor, "r n"], B: Float[Tensor, "o r"]) -> Float[Tensor, " k"]:
-    """Singular values of B A, largest first, in fp64: at most r of them."""
-    _, right = torch.linalg.qr(A.double().T)
-    _, left = torch.linalg.qr(B.double())
-    return torch.linalg.svdvals(left @ right.T)
-
-
-def effective_rank(values: Float[Tensor, " k"]) -> float:
-    """Exp of the entropy of the normalised singular values; 0 for an update that is zero."""
-    total = values.sum()
-    if total == 0:
-        return 0.0
-    shares = values / total
-    return float(torch.special.entr(shares).sum().exp())

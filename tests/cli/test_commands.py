@@ -253,6 +253,26 @@ def test_inspect_refuses(call, run, tmp_path):
     check_failure(call, 2, "torn or not a safetensors file", "inspect", copied)
 
 
+# --- convert-rank --------------------------------------------------------------------------------------------------
+
+
+def test_convert_rank(call, run, tmp_path):
+    code, document, _, _ = call("convert-rank", run, "--rank", 2, "--out", tmp_path / "two", json_only=True)
+    assert code == 0 and document["output"] == str(tmp_path / "two") and 0 < document["error"] < 1
+    assert set(call("inspect", tmp_path / "two", json_only=True)[1]["ranks"].values()) == {2}
+    check_failure(call, 2, "exists; choose another", "convert-rank", run, "--rank", 2, "--out", tmp_path / "two")
+    assert main(["convert-rank", str(run / "adapter"), "--energy", "0.9", "--out", str(tmp_path / "small")]) == 0
+
+
+def test_convert_rank_refuses(call, run, tmp_path):
+    out = "--out", tmp_path / "new"
+    check_failure(call, 2, "give --rank or --energy", "convert-rank", run, *out)
+    check_failure(call, 2, "no effect: no layer", "convert-rank", run, "--rank", 4, *out)
+    check_failure(call, 2, "above 0 and at most 1, not 2", "convert-rank", run, "--energy", 2, *out)
+    check_failure(call, 2, "must be a whole number from 1", "convert-rank", run, "--rank", 0, *out)
+    assert not (tmp_path / "new").exists()
+
+
 # --- train and data preview, through the command -------------------------------------------------------------------
 
 
