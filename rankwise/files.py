@@ -95,6 +95,23 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def copy_into(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Copies the files of the folder `source` into `target`, where other files stay; none is there before all are.
+
+    Raises: WriteError when the disk is full or the folder can't be written.
+    """
+    files = [path for path in sorted(Path(source).iterdir()) if path.is_file()]
+    folder = Path(target)
+    with contextlib.ExitStack() as stack:
+        if folder.exists():
+            places = [stack.enter_context(replacing(folder / file.name)) for file in files]
+        else:
+            temporary = stack.enter_context(replacing_folder(folder))
+            places = [temporary / file.name for file in files]
+        for file, place in zip(files, places, strict=True):
+            shutil.copyfile(file, place)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

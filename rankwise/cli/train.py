@@ -34,5 +34,9 @@ def show(result: dict[str, Any]) -> None:
     print(f"trained {result['trainable_parameters']:,} parameters for {counted(result['steps'], 'step')}{resumed}")
     valid = result["best_valid_loss"]
     print(f"loss {result['final_loss']:.4f}" + (f", best validation loss {valid:.4f}" if valid is not None else ""))
+    if result["stopped_early"]:
+        print("stopped early: the validation loss no longer fell")
+    if result["adapter_step"] != result["steps"]:
+        print(f"the adapter is that of step {result['adapter_step']}, with the best validation loss")
     print(f"{result['tokens_per_s']:,.0f} tokens/s, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB")
     print(f"output: {result['output']} (adapter/, metrics.jsonl, summary.json)")

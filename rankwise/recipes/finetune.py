@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from rankwise import distributed
-from rankwise.attach.checkpoint import save_adapter
 from rankwise.attach.inject import adapter_parameters
 from rankwise.errors import RequestError, WorkError, WriteError
 from rankwise.models.sharding import is_sharded
+from rankwise.recipes.best import check_best, write_adapter
 from rankwise.recipes.finetune_hooks import evaluation_hook, logging_hook, saving_hook
 from rankwise.recipes.finetune_job import Job, prepare
 from rankwise.recipes.output import RunFolder
 from rankwise.recipes.provenance import adapter_hashes
 from rankwise.recipes.resume import usable_checkpoint
 from rankwise.recipes.run import RunConfig, read_run, run_yaml
-from rankwise.say import silent, to_stderr
+from rankwise.say import Say, silent, to_stderr
 from rankwise.train.batches import InStep
 from rankwise.train.interrupt import Interrupted, StopRequest
 from rankwise.train.log import ProgressBar, peak_memory_bytes
@@ -65,6 +65,7 @@ def train(
         job = prepare(config, checkpoint, say)
         if not is_there:
             distributed.from_first(lambda: _make(folder, held))
+        check_best(job, folder, say)
         return _carry_out(job, folder, on_step, quiet)
 
 
@@ -105,7 +106,7 @@ def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | No
         batches = InStep(job.batches) if is_sharded(job.model) else job.batches
         try:
             fit(job.model, job.optimizer, batches, minimised(job.objective, train), job.plan, job.progress, hooks)
-            return _finish(job, folder)
+            return _finish(job, folder, bar.say)
         except Interrupted:
             raise
         except distributed.LostProcess as error:
@@ -116,15 +117,15 @@ def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | No
             raise WorkError(f"{error}; {_way_back(folder)}") from error
 
 
-def _finish(job: Job, folder: RunFolder) -> dict[str, Any]:
+def _finish(job: Job, folder: RunFolder, say: Say) -> dict[str, Any]:
     """Writes the result; the summary last, for it says that the run is finished."""
-    return distributed.from_first(lambda: _write_result(job, folder))
+    return distributed.from_first(lambda: _write_result(job, folder, say))
 
 
-def _write_result(job: Job, folder: RunFolder) -> dict[str, Any]:
-    save_adapter(job.model, folder.adapter)
+def _write_result(job: Job, folder: RunFolder, say: Say) -> dict[str, Any]:
+    adapter_step = write_adapter(job, folder, say)
     folder.write_provenance({**job.provenance, "adapter": adapter_hashes(folder.adapter)})
-    summary = _summary(job, folder)
+    summary = _summary(job, folder, adapter_step)
     folder.write_summary(summary)
     return summary
 
@@ -147,13 +148,15 @@ def _way_back(folder: RunFolder) -> str:
     return f"{_last_saved(folder)}, a new run can start there with adapter.from={saved[-1] / 'adapter'}"
 
 
-def _summary(job: Job, folder: RunFolder) -> dict[str, Any]:
+def _summary(job: Job, folder: RunFolder, adapter_step: int) -> dict[str, Any]:
     progress = job.progress
     return {
         "output": str(folder.path),
         "steps": progress.step,
         "final_loss": progress.loss,
         "best_valid_loss": progress.best_valid_loss,
+        "adapter_step": adapter_step,
+        "stopped_early": progress.step < job.plan.num_steps,
         "tokens_per_s": progress.num_tokens / progress.train_s,
         "peak_memory_bytes": peak_memory_bytes(job.model.device),
         "trainable_parameters": sum(parameter.numel() for parameter in adapter_parameters(job.model).values()),

@@ -61,6 +61,16 @@ def evaluation_hook(job: Job, folder: RunFolder, say: Say) -> Hook:
             if progress.best_valid_loss is None or found.loss < progress.best_valid_loss:
                 progress.best_valid_loss = found.loss
             say(f"step {step.number}: validation loss {found.loss:.4f} (best {progress.best_valid_loss:.4f})")
+            evaluations = progress.evaluations
+            evaluations.take(step.number, found.loss, train.min_delta, train.keep_best)
+            if evaluations.are_stale(job.plan.patience) and not step.is_last:
+                step.stops_early = True
+                say(
+                    f"step {step.number}: {counted(evaluations.num_stale, 'evaluation')} in turn without a validation "
+                    f"loss below {evaluations.reference:.4f}"
+                    + (f" by {train.min_delta:g}" if train.min_delta else "")
+                    + ": stopping early"
+                )
             _generate_samples(job, folder, step.number)
 
     return evaluate
@@ -124,7 +134,7 @@ def logging_hook(job: Job, folder: RunFolder, bar: ProgressBar) -> Hook:
 
 
 def saving_hook(job: Job, folder: RunFolder, stop: StopRequest, go_on: str) -> Hook:
-    """Saves a checkpoint when one is due, and when the run was asked to stop, which it then does.
+    """Saves a checkpoint when one is due, when `train.keep_best` wants it, and when the run was asked to stop.
 
     `go_on` is the command that resumes the run.
     """
@@ -134,7 +144,8 @@ def saving_hook(job: Job, folder: RunFolder, stop: StopRequest, go_on: str) -> H
     def save(step: Step) -> None:
         # read once: a request that comes while saving waits for the next step's end; all processes stop at one step
         stopping = distributed.any_process(stop.asked) and not step.is_last
-        if stopping or period.due(step):
+        is_best = job.run.train.keep_best and job.progress.evaluations.best_step == step.number
+        if stopping or is_best or period.due(step):
             save_checkpoint(folder.path, job.model, job.optimizer, job.progress, job.settings, keep)
         if stopping:
             raise Interrupted(f"stopped after step {step.number} of {step.num_steps}, saved; go on with: {go_on}")

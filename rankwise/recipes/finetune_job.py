@@ -173,7 +173,7 @@ def _plan(run: RunConfig, num_rows: int) -> LoopPlan:
     def rate(step: int) -> float:
         return learning_rate(step, num_steps, train.lr, train.schedule, warmup, train.lr_floor)
 
-    return LoopPlan(num_steps, rate, train.max_grad_norm)
+    return LoopPlan(num_steps, rate, train.max_grad_norm, train.early_stopping)
 
 
 def optimizer_of(train: TrainConfig, model: PreTrainedModel) -> torch.optim.Optimizer:

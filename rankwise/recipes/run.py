@@ -120,6 +120,8 @@ class RunConfig:
         train, every = self.train, self.train.evaluate_every
         if every != AUTO and not train.evaluates_never:
             raise RequestError(f"train.evaluate_every ({every}) has no effect {why}; give a file, or set it to null")
+        for name, value in train.needs_evaluation.items():
+            raise RequestError(f"train.{name} ({value}) has no effect {why}: it reads the loss on validation rows")
         for name, value, off in (("samples", train.samples, "0"), ("sample_tokens", train.sample_tokens, "null")):
             if value:
                 raise RequestError(f"train.{name} ({value}) has no effect {why}; give a file, or set it to {off}")

@@ -8,11 +8,11 @@ row is seen exactly that often.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 from rankwise.errors import RequestError, counted, did_you_mean
 from rankwise.models.labels import POOLINGS
+from rankwise.train.every import AUTO, Every
 from rankwise.train.needs import NEEDS, Needs
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -20,9 +20,6 @@ OPTIMIZERS = ("adamw", "adamw-fused", "adamw-8bit")
 PRECISIONS = ("fp32", "bf16", "fp16", "auto")
 SHARDINGS = ("none", "node", "full")
 
-AUTO = "auto"
-AUTO_EVENTS = 10
-"""An "every" setting of `auto` gives this many events in a run, the last step included."""
 DEFAULT_STEPS = 200
 DEFAULT_MICRO_BATCH_SIZE = 4
 DEFAULT_SAMPLES = 3
@@ -33,48 +30,6 @@ DEFAULT_STATE_SHARED_FROM = 50_000_000
 """Trainable parameters: Adam's two fp32 moments are then 400 MB, about what a block of a large base takes."""
 DEFAULT_POOLING = "mean"
 DEFAULT_TEMPERATURE = 0.05
-
-_EPOCHS = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*epochs?\s*")
-
-
-@dataclass(frozen=True)
-class Every:
-    """A period of `steps`, or else of `epochs`; both 0 mean never."""
-
-    steps: int = 0
-    epochs: float = 0.0
-
-    @classmethod
-    def parse(cls, value: int | str | None, name: str, num_steps: int) -> Every:
-        """`50`, `"50"`, `"2 epochs"`, `auto`, or null and 0 for never; `name` is the setting, for messages.
-
-        Raises: RequestError for anything else.
-        """
-        if value is None:
-            return cls()
-        if value == AUTO:
-            return cls(steps=math.ceil(num_steps / AUTO_EVENTS))
-        text = str(value)
-        if re.fullmatch(r"\s*\d+\s*", text):
-            return cls(steps=int(text))
-        match = _EPOCHS.fullmatch(text)
-        if match is None or float(match[1]) == 0:
-            raise RequestError(f'{name} must be a number of steps, "2 epochs", auto, or null for never, not {value!r}')
-        return cls(epochs=float(match[1]))
-
-    @property
-    def is_never(self) -> bool:
-        """Whether the event does not happen."""
-        return self.steps == 0 and self.epochs == 0
-
-    def due(self, step: int, rows_per_step: int, rows_per_epoch: int) -> bool:
-        """Whether the event happens after `step` (counted from 1): a multiple of the period is reached in it."""
-        if self.steps:
-            return step % self.steps == 0
-        if self.epochs:
-            period = self.epochs * rows_per_epoch
-            return math.floor(step * rows_per_step / period) > math.floor((step - 1) * rows_per_step / period)
-        return False
 
 
 @dataclass(frozen=True)
@@ -111,6 +66,10 @@ class TrainConfig:
         log_every, evaluate_every, save_every: steps, "2 epochs", null or 0 for never, `auto` for ten times in a run.
             The last step is always logged, evaluated and saved unless its setting says never (logging: always).
         keep_checkpoints: how many of the newest checkpoints stay: `auto` keeps 2, null all.
+        keep_best: the checkpoint with the lowest validation loss stays besides, and the run's result is its adapter. An
+            evaluation that finds a lower loss saves a checkpoint.
+        early_stopping: the run ends when so many evaluations in turn brought no lower validation loss; null: never.
+        early_stopping_min_delta: by how much lower it must be to count; not given: 0, any lower loss counts.
         samples: answers generated at each evaluation, into samples.jsonl; not given: 3 where there is an evaluation.
         sample_tokens: the most tokens of each such answer; not given: 64.
         pooling: of `embedding`: how the vectors of a text's tokens become one: `mean`, `cls` (the first token's) or
@@ -147,6 +106,9 @@ class TrainConfig:
     evaluate_every: int | str | None = AUTO
     save_every: int | str | None = AUTO
     keep_checkpoints: int | str | None = AUTO
+    keep_best: bool = False
+    early_stopping: int | None = None
+    early_stopping_min_delta: float | None = None
     samples: int | None = None
     sample_tokens: int | None = None
     pooling: str | None = None
@@ -240,6 +202,7 @@ class TrainConfig:
         if not 0 <= self.seed < 2**63:
             raise RequestError(f"train.seed must be a whole number from 0 to 2**63 - 1, not {self.seed}")
         self._check_checkpoints()
+        self._check_best()
         self._check_samples()
         _at_least("share_optimizer_from", self.share_optimizer_from, 1)
 
@@ -254,6 +217,27 @@ class TrainConfig:
             raise RequestError(
                 f"train.keep_checkpoints ({'null' if keep is None else keep}) has no effect: train.save_every says "
                 "never; leave it out, or set save_every"
+            )
+
+    def _check_best(self) -> None:
+        _at_least("early_stopping", self.early_stopping, 1)
+        delta = self.early_stopping_min_delta
+        if delta is not None and self.early_stopping is None:
+            raise RequestError(
+                f"train.early_stopping_min_delta ({delta:g}) has no effect without train.early_stopping; set that to a "
+                "number of evaluations, or leave it out"
+            )
+        if delta is not None and not (delta >= 0 and math.isfinite(delta)):
+            raise RequestError(f"train.early_stopping_min_delta must be 0 or more, not {delta}; 0.01 is usual")
+        for name, value in self.needs_evaluation.items():
+            if self.evaluates_never:
+                raise RequestError(
+                    f"train.{name} ({value}) needs evaluations, and train.evaluate_every says never; set it to auto"
+                )
+        if self.keep_best and Every.parse(self.save_every, "train.save_every", DEFAULT_STEPS).is_never:
+            raise RequestError(
+                "train.keep_best (true) needs checkpoints, or the run's last state would be lost, and train.save_every "
+                "says never; set that to auto"
             )
 
     def _check_samples(self) -> None:
@@ -323,6 +307,17 @@ class TrainConfig:
     def num_checkpoints(self) -> int | None:
         """How many checkpoints stay; None: all."""
         return DEFAULT_CHECKPOINTS if isinstance(self.keep_checkpoints, str) else self.keep_checkpoints
+
+    @property
+    def min_delta(self) -> float:
+        """`early_stopping_min_delta`, filled in."""
+        return self.early_stopping_min_delta or 0.0
+
+    @property
+    def needs_evaluation(self) -> dict[str, str]:
+        """Settings that were asked for and that read the validation loss, as a run file writes them."""
+        asked = {"keep_best": "true"} if self.keep_best else {}
+        return asked if self.early_stopping is None else {**asked, "early_stopping": str(self.early_stopping)}
 
     @property
     def num_samples(self) -> int:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from rankwise import distributed
 from rankwise.errors import WorkError
+from rankwise.train.evaluations import Evaluations
 from rankwise.train.objective import Filler, MicroBatch, Objective
 from rankwise.train.optim import trained_parameters
 from rankwise.train.optimizers import set_learning_rate
@@ -27,11 +28,15 @@ from rankwise.train.watch import LossWatch
 
 @dataclass(frozen=True)
 class LoopPlan:
-    """How many steps, at which rate (a function of the step, from 1), and the norm that gradients are clipped to."""
+    """How many steps, at which rate (a function of the step, from 1), and the norm that gradients are clipped to.
+
+    `patience`: evaluations in turn without a lower loss that end the run before its last step; None: none do.
+    """
 
     num_steps: int
     learning_rate: Callable[[int], float]
     max_grad_norm: float | None = None
+    patience: int | None = None
 
 
 @dataclass
@@ -53,6 +58,7 @@ class Progress:
     interval_s: float = 0.0
     interval_figures: dict[str, list[float]] = field(default_factory=dict)
     """Sum and count of each figure of the objective's meter, likewise."""
+    evaluations: Evaluations = field(default_factory=Evaluations)
     watch: LossWatch = field(default_factory=LossWatch)
     scale: LossScale = field(default_factory=LossScale)
 
@@ -73,10 +79,13 @@ class Step:
     is_skipped: bool = False
     """Whether its gradients overflowed fp16 (`grad_norm` is not finite then), and nothing was updated."""
 
+    stops_early: bool = False
+    """Whether its evaluation was one too many without a lower loss."""
+
     @property
     def is_last(self) -> bool:
         """Whether the run ends with it."""
-        return self.number == self.num_steps
+        return self.number == self.num_steps or self.stops_early
 
 
 Hook = Callable[[Step], None]
@@ -93,6 +102,8 @@ def fit(
 ) -> Progress:
     """Trains from `progress.step` to `plan.num_steps`, calling each of `hooks` in order after every step.
 
+    It ends before that when a hook has taken evaluations in (`progress.evaluations`) that are stale by `plan.patience`.
+
     `batches(step)` gives this process's micro batches of a step, on the model's device. `progress` is changed in place
     and returned. Hooks run with the gradients gone; one that raises ends the run.
 
@@ -100,7 +111,7 @@ def fit(
         or the gradient is not finite (the parameters are then as before the step) or the loss diverges. In fp16 a step
         whose gradients overflow is skipped instead; its rows count as read, and its place in the schedule is taken.
     """
-    while progress.step < plan.num_steps:
+    while progress.step < plan.num_steps and not progress.evaluations.are_stale(plan.patience):
         step = take_step(model, optimizer, batches(progress.step + 1), objective, plan, progress)
         progress.watch.check(step.number, step.loss)
         for hook in hooks:

@@ -31,6 +31,7 @@ from rankwise.attach.checkpoint import load_native_state, native_state, save_ada
 from rankwise.attach.inject import adapter_parameters
 from rankwise.errors import WorkError
 from rankwise.files import replacing_folder, sha256_bytes, sha256_file
+from rankwise.train.evaluations import Evaluations
 from rankwise.train.loop import Progress
 from rankwise.train.optim import load_optimizer_state
 from rankwise.train.rng import process_seed, rng_state, seed_everything, set_rng_state
@@ -69,16 +70,22 @@ def save_checkpoint(
     settings: Mapping[str, Any],
     keep: int | None,
 ) -> Checkpoint:
-    """Writes `checkpoints/step-N`, then removes all but the newest `keep` (None: removes none).
+    """Writes `checkpoints/step-N`, then removes all but the newest `keep` (None: removes none), and the best of each.
+
+    The best of a checkpoint is the one that its evaluations had found best by then, where such a one is kept: if the
+    newest are damaged later, the run goes on from an older one and still has it.
 
     Raises: WorkError when it cannot be written; the older checkpoints then stay.
     """
-    folder = run_folder / CHECKPOINTS / f"step-{progress.step}"
+    folder = checkpoint_folder(run_folder, progress.step)
     tensors = _tensors(model, optimizer)
     distributed.from_first(lambda: _write(folder, model, tensors, progress, settings))
     if keep is not None and distributed.is_first():
-        for old in checkpoint_folders(run_folder)[:-keep]:
-            shutil.rmtree(old)
+        folders = checkpoint_folders(run_folder)
+        kept = [*folders[-keep:], *(best for path in folders[-keep:] if (best := _best_of(path)) is not None)]
+        for old in folders:
+            if old not in kept:
+                shutil.rmtree(old)
     return Checkpoint(folder, progress, dict(settings))
 
 
@@ -125,6 +132,19 @@ def _digest(record: Mapping[str, Any]) -> str:
     return sha256_bytes(json.dumps(rest, sort_keys=True).encode())
 
 
+def checkpoint_folder(run_folder: Path, step: int) -> Path:
+    """Where the run's checkpoint after `step` lies, if there is one."""
+    return run_folder / CHECKPOINTS / f"step-{step}"
+
+
+def _best_of(folder: Path) -> Path | None:
+    """The folder of the checkpoint that was the best one when this one was written; None: none was kept."""
+    if damage(folder, contents=False) is not None:
+        return None
+    step = _read(folder).progress.evaluations.best_step
+    return None if step is None else folder.with_name(f"step-{step}")
+
+
 def checkpoint_folders(run_folder: Path) -> list[Path]:
     """The run's checkpoint folders, oldest first, whole or not."""
     root = run_folder / CHECKPOINTS
@@ -152,8 +172,8 @@ def find_checkpoint(run_folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, []
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+def damage(folder: Path, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint's files, or None. `contents`: also of those that its record names."""
     path = folder / RECORD
     if not path.is_file():
         return f"{RECORD} is missing"
@@ -161,14 +181,20 @@ def damage(folder: Path) -> str | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return f"{RECORD} is cut off or not JSON"
+    except OSError as error:
+        return f"{RECORD} can't be read: {error.strerror}"
     if not isinstance(record, dict) or record.get("sha256") != _digest(record):
         return f"{RECORD} does not match its own hash"
     if record["format"] != FORMAT:
         return f"format {record['format']}, this version reads {FORMAT}"
-    for name, expected in record["files"].items():
+    for name, expected in record["files"].items() if contents else ():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if sha256_file(folder / name) != expected:
+        try:
+            is_as_written = sha256_file(folder / name) == expected
+        except OSError as error:
+            return f"{name} can't be read: {error.strerror}"
+        if not is_as_written:
             return f"{name} does not match its hash"
     return None
 
@@ -176,7 +202,11 @@ def damage(folder: Path) -> str | None:
 def _read(folder: Path) -> Checkpoint:
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     saved = record["progress"]
-    parts = {"watch": LossWatch(**saved["watch"]), "scale": LossScale(**saved["scale"])}
+    parts = {
+        "evaluations": Evaluations(**saved.get("evaluations", {})),  # which earlier versions did not keep
+        "watch": LossWatch(**saved["watch"]),
+        "scale": LossScale(**saved["scale"]),
+    }
     progress = Progress(**{**saved, **parts})
     return Checkpoint(folder, progress, record["settings"])
 

@@ -25,9 +25,8 @@ from tests import tiny
 from tests.recipes.runs import adapter_bytes, metrics, settings
 
 SUMMARY = {
-    "output", "steps", "final_loss", "best_valid_loss", "tokens_per_s", "peak_memory_bytes", "trainable_parameters",
-    "resumed_from",
-    "skipped_rows",
+    "output", "steps", "final_loss", "best_valid_loss", "adapter_step", "stopped_early", "tokens_per_s",
+    "peak_memory_bytes", "trainable_parameters", "resumed_from", "skipped_rows",
 }  # fmt: skip
 
 
