@@ -209,7 +209,7 @@ def _check_numbers(config: LoraConfig, names: list[str], matched: list[str]) -> 
 def _check_patterns(config: LoraConfig, matched: list[str]) -> None:
     for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:
-            if not any(_pattern_fits(pattern, name) for name in matched):
+            if not any(pattern_fits(pattern, name) for name in matched):
                 near = did_you_mean(pattern, _tails(matched))
                 raise RequestError(f"{option}['{pattern}'] matches no adapted layer{near}")
 
@@ -263,7 +263,8 @@ def _check_usable(model: nn.Module, modules: dict[str, nn.Module], targets: list
             )
 
 
-def _pattern_fits(pattern: str, name: str) -> bool:
+def pattern_fits(pattern: str, name: str) -> bool:
+    """PEFT's rule for patterns of ranks: the expression fits a whole name, or its last parts."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
@@ -282,10 +283,10 @@ def _target(config: LoraConfig, name: str, module: nn.Module) -> Target:
 
 def rank_in(config: LoraConfig, name: str) -> int:
     """The rank of layer `name` under `config`: the first pattern that fits the end of its name decides, as in PEFT."""
-    return next((r for pattern, r in config.rank_pattern.items() if _pattern_fits(pattern, name)), config.r)
+    return next((r for pattern, r in config.rank_pattern.items() if pattern_fits(pattern, name)), config.r)
 
 
 def alpha_in(config: LoraConfig, name: str) -> int | float:
     """The alpha of layer `name` under `config`, by the same rule."""
-    alphas = (alpha for pattern, alpha in config.alpha_pattern.items() if _pattern_fits(pattern, name))
+    alphas = (alpha for pattern, alpha in config.alpha_pattern.items() if pattern_fits(pattern, name))
     return next(alphas, config.lora_alpha)

@@ -26,7 +26,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 """The policies, and what each reads of the section."""
 
-POLICIES_TO_COME = ("layered", "spectrum", "grow", "adaptive", "nested")
+PLANNED = ("layered", "spectrum")
+"""Policies that give layers their ranks before training."""
+POLICIES_TO_COME = ("spectrum", "grow", "adaptive", "nested")
 NEEDED: dict[str, tuple[str, ...]] = {"spectrum": ("budget",), "adaptive": ("budget",), "grow": ("max", "every")}
 """Settings without which a policy means nothing."""
 

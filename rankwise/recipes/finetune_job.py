@@ -36,6 +36,7 @@ from rankwise.recipes.finetune_report import describe_run
 from rankwise.recipes.heads import head_of, with_new_modules
 from rankwise.recipes.processes import bring_in_step, check_same_data, check_spread, is_state_shared, num_shares
 from rankwise.recipes.provenance import data_hashes, provenance
+from rankwise.recipes.rank_plan import planned_config
 from rankwise.recipes.resume import check_length, check_settings, run_precision, training_settings
 from rankwise.recipes.run import RunConfig, StartFrom, check_task_type, with_section
 from rankwise.say import Say
@@ -111,7 +112,7 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
         check_settings(checkpoint, settings, say)
         check_length(checkpoint, run.train, num_rows)
     plan = _plan(run, num_rows)
-    model = _model_in_step(run, precision, data, device)
+    model = _model_in_step(run, precision, data, device, say)
     order = RowOrder(data.shares, run.train.batch_size, run.train.num_rows(num_rows), run.train.seed)
     goes_on = isinstance(run.adapter, StartFrom) and run.train.objective == "dpo"
     objective = objective_of(run.train, StartingAdapter(model).in_place if goes_on else disabled)
@@ -190,18 +191,20 @@ def optimizer_of(train: TrainConfig, model: PreTrainedModel) -> torch.optim.Opti
     )  # fmt: skip
 
 
-def _model_in_step(run: RunConfig, precision: Precision, data: RunData, device: torch.device) -> PreTrainedModel:
+def _model_in_step(
+    run: RunConfig, precision: Precision, data: RunData, device: torch.device, say: Say
+) -> PreTrainedModel:
     """The attached model, the same on all processes, each with its share of the base where that is spread."""
     shares = num_shares(run.train.sharding)
     # what is to be cut is loaded into the CPU's memory, where the processes of a machine share the file's pages
     loaded = run if shares == 1 else dataclasses.replace(run, model=dataclasses.replace(run.model, device="cpu"))
     with distributed.together():
-        model = _attached_model(loaded, precision, data)
+        model = _attached_model(loaded, precision, data, say)
     bring_in_step(model, shares, device)
     return model
 
 
-def _attached_model(run: RunConfig, precision: Precision, data: RunData) -> PreTrainedModel:
+def _attached_model(run: RunConfig, precision: Precision, data: RunData, say: Say) -> PreTrainedModel:
     seed_everything(run.train.seed)  # a new head is drawn while loading
     model = load_model(run.model, precision.dtype, run.train.needs.task, data.labels)
     if run.train.needs.task_type in HEADS:
@@ -221,7 +224,7 @@ def _attached_model(run: RunConfig, precision: Precision, data: RunData) -> PreT
         task_type = run.adapter.task_type or run.train.needs.task_type
         config = run.adapter.with_(base_model_name_or_path=named, revision=run.model.revision, task_type=task_type)
         try:
-            attach(model, with_new_modules(model, config))
+            attach(model, planned_config(model, with_new_modules(model, config), run.ranks, say))
         except RequestError as error:
             raise RequestError(with_section(str(error))) from error
         _check_dropout(model, run.adapter)

@@ -22,7 +22,7 @@ from rankwise.data.config import HUB_PREFIX, OFF, TEMPLATE_SUFFIX, DataConfig
 from rankwise.data.formats import FORMATS
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
-from rankwise.ranks.config import RanksConfig
+from rankwise.ranks.config import PLANNED, RanksConfig
 from rankwise.train.config import AUTO, TrainConfig
 from rankwise.train.needs import NEEDS, remedy_for
 
@@ -67,6 +67,7 @@ class RunConfig:
         if self.tasks:
             raise RequestError(f"tasks ({', '.join(self.tasks)}): not available yet; set it to {{}}, and use data:")
         self._check_adapter()
+        self._check_ranks()
         self._check_evaluation()
         self._check_rows()
         if self.train.sharding != "none" and self.model.is_quantized:
@@ -99,6 +100,21 @@ class RunConfig:
         if self.adapter.revision is not None:
             raise RequestError(
                 f"adapter.revision ({self.adapter.revision}) is taken from model.revision; set that one instead"
+            )
+
+    def _check_ranks(self) -> None:
+        """A policy that chooses ranks before training finds none chosen already."""
+        if self.ranks.policy not in PLANNED:
+            return
+        if isinstance(self.adapter, StartFrom):
+            raise RequestError(
+                f"ranks.policy: {self.ranks.policy} has no effect with adapter.from, whose layers have their ranks; "
+                "use fixed"
+            )
+        if self.adapter.rank_pattern:
+            raise RequestError(
+                f"adapter.rank_pattern has no effect with ranks.policy: {self.ranks.policy}, which gives every layer "
+                "its rank; leave it out, or put it into ranks.plan of the policy layered"
             )
 
     def _check_evaluation(self) -> None:

@@ -42,7 +42,7 @@ def test_what_a_policy_can_not_do_without(policy):
 
 @pytest.mark.parametrize("policy", POLICIES_TO_COME)
 def test_policies_to_come_are_refused_in_one_line(policy):
-    with pytest.raises(RequestError, match=f"'{policy}' is not available yet; use fixed"):
+    with pytest.raises(RequestError, match=f"'{policy}' is not available yet; use fixed or layered"):
         RanksConfig(policy=policy, **NEEDED.get(policy, {}))
 
 
