@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py --rounds 30 --out benchmarks/results/inference.jsonl
 
-200M random parameters in bf16, r 16, all linear layers; forwards through the decoder, without the output head.
+200M random parameters in bf16 (or `--precision fp32`), r 16, all linear layers; forwards through the decoder, without the output head.
 """
 
 from __future__ import annotations
@@ -33,18 +33,20 @@ def main() -> None:
     """Measures each model on both shapes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="200M")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    base = build(options.size, torch.bfloat16).eval()
-    ours = rw.attach(build(options.size, torch.bfloat16), rw.LoraConfig(init_lora_weights=False)).eval()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
+    base = build(options.size, dtype).eval()
+    ours = rw.attach(build(options.size, dtype), rw.LoraConfig(init_lora_weights=False)).eval()
     theirs = peft.get_peft_model(
-        build(options.size, torch.bfloat16),
+        build(options.size, dtype),
         peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False),
     ).eval()
-    merged = rw.merge(rw.attach(build(options.size, torch.bfloat16), rw.LoraConfig(init_lora_weights=False))).eval()
+    merged = rw.merge(rw.attach(build(options.size, dtype), rw.LoraConfig(init_lora_weights=False))).eval()
     models = {"base": base.model, "ours": ours.model, "PEFT": theirs.base_model.model.model, "merged": merged.model}
     shapes = {"decode 1 x 1": ((1, 1), 8), "prefill 8 x 128": ((8, 128), 1)}
     rows: list[dict[str, object]] = []

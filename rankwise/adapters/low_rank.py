@@ -112,23 +112,45 @@ class LowRankLayer(AdapterLayer):
 
     def added(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """base(x) + s B A dropout(x), less the frozen start; `other` as in `adapted`."""
+        if not torch.is_grad_enabled() and self._decodes(x):
+            return self._decoded(x if other is None else F.silu(x) * other)
         if not self._can_fuse(x):
             if other is not None:
                 x = F.silu(x) * other
             y = self.base(x)
             return y + self.change(x).to(y.dtype)
         rule = self.keep_rule if self.training else None
-        few = x.numel() < self.rank * x.shape[-1] and x.dtype != self.lora_A.dtype
-        if few and rule is None and not torch.is_grad_enabled():
-            # decoding: casting x costs less than casting A and B, and fp32 products of a few rows less than bf16 ones
-            x = x if other is None else F.silu(x) * other
-            h = F.linear(x.to(self.lora_A.dtype), self.lora_A)
-            return self.base(x).add_(F.linear(h, self.lora_B), alpha=self.scale)
         factors = self._factors(x, shared=rule is None and other is None)
         if is_quantized(self.base):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return lora_linear(x, self.base, bias, factors, rule, other)
         return lora_linear(x, self.kind.matrix(self.weight), self.bias, factors, rule, other)
+
+    def _decodes(self, x: Tensor) -> bool:
+        """Whether x has fewer rows than A, and the base's output can be written to: its own code, no listener.
+
+        A token through a large model calls hundreds of layers: what is looked up here is what must be, past
+        `nn.Module`'s slow attributes.
+        """
+        base, A = self._modules["base"], self._parameters["lora_A"]
+        assert base is not None and A is not None
+        return (
+            x.numel() < A.numel()
+            and (type(base) in FUSED or is_quantized(base))
+            and x.element_size() <= A.element_size()
+            and not base._forward_hooks
+            and not (self.training and self.dropout)
+            and self._buffers["start_A"] is None
+            and "forward" not in vars(base)
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def _decoded(self, x: Tensor) -> Tensor:
+        """Casting x costs less than casting A and B, and fp32 products of a few rows less than bf16 ones."""
+        A, B = self._parameters["lora_A"], self._parameters["lora_B"]
+        assert A is not None and B is not None
+        change = F.linear(F.linear(x.to(A.dtype), A), B)
+        return self.base(x).add_(change, alpha=scale_of(self.alpha, A.shape[0], self.use_rslora))
 
     def _factors(self, x: Tensor, shared: bool) -> Factors:
         """The factors, cast and with x A^T where another layer has computed it. A compiler shares by itself."""

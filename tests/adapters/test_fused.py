@@ -145,6 +145,23 @@ def test_decoding_in_bf16_is_the_formula(rows):
     assert (y.double() - exact).abs().max() <= 0.02 * exact.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decoding_through_a_layer_is_the_formula_and_leaves_what_a_hook_holds(dtype):
+    model = attach(
+        nn.Sequential(nn.Linear(7, 6)).to(dtype), LoraConfig(r=4, target_modules="0", init_lora_weights=False)
+    )
+    layer, x = model.eval()[0], torch.randn(2, 7).to(dtype)
+    rounding = 1e-6 if dtype == torch.float32 else 0.02
+    with torch.no_grad():
+        y = layer(x)
+        exact = F.linear(x.double(), layer.merged_weight(torch.float64), layer.base.bias.double())
+        assert y.dtype == dtype and (y.double() - exact).abs().max() <= rounding * exact.abs().max()
+        held = []
+        layer.base.register_forward_hook(lambda module, arguments, output: held.append(output))
+        assert torch.allclose(layer(x), y, rtol=rounding, atol=rounding)
+        assert torch.equal(held[0], layer.base(x))
+
+
 def test_only_needed_gradients_are_made():
     x, W, b, A, B = parts()
     y = linear(x.detach(), W, b.detach(), A, B.detach(), 1.0)
