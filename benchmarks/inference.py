@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py --rounds 30 --out benchmarks/results/inference.jsonl
 
-200M random parameters in bf16 (or `--precision fp32`), r 16, all linear layers; forwards through the decoder, without the output head.
+200M random parameters in bf16 or fp32, r 16, all linear layers; forwards through the decoder, without the output head.
 """
 
 from __future__ import annotations
