@@ -128,6 +128,8 @@ def untrained(turns: Turns) -> Turns:
 def _turn(item: Any, shown: str, keys: tuple[str, str]) -> Turn:
     if not isinstance(item, dict):
         raise RowError(f"{shown} is {type_name(item)}, must be an object")
+    if (plain := _plain_turn(item, keys)) is not None:
+        return plain
     role_key, content_key = keys
     if role_key not in item and any(other in item for other in ("role", "from")):
         role_key, content_key = MESSAGE_KEYS if "role" in item else SHAREGPT_KEYS
@@ -152,6 +154,15 @@ def _turn(item: Any, shown: str, keys: tuple[str, str]) -> Turn:
     if call_id and role != TOOL:
         raise RowError(f"{shown}.tool_call_id has no meaning in {_article(role)} turn")
     return Turn(role, content, calls, _weight(item, role, shown), label, call_id)
+
+
+def _plain_turn(item: Mapping[str, Any], keys: tuple[str, str]) -> Turn | None:
+    """The turn of an item that is a role, a text and nothing else, as most are; None for all others, good or bad."""
+    name, content = item.get(keys[0]), item.get(keys[1])
+    if len(item) != 2 or type(name) is not str or type(content) is not str or not content or content.isspace():
+        return None
+    role = ROLES.get(name, _CALL)
+    return None if role == _CALL else Turn(role, content)
 
 
 def _content(item: Mapping[str, Any], key: str, shown: str, may_miss: bool) -> str:

@@ -19,12 +19,17 @@ from typing import Any, cast
 
 from jinja2.exceptions import TemplateError
 from transformers import AddedToken, PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import (
+    _compile_jinja_template,  # pyright: ignore[reportPrivateUsage]
+    render_jinja_template,
+)
 
 from rankwise.data.fields import ASSISTANT, USER, RowError, Turn
-from rankwise.data.messages import CALLS, TOOL_PROBES, as_messages, tool_parts
+from rankwise.data.messages import CALLS, TOOL_PROBES, Message, as_messages, tool_parts
 from rankwise.data.plain_template import Rendered, Span, Template
 from rankwise.errors import RequestError
+
+Tools = list[dict[str, Any]] | None
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE_USER, _PROBE_ANSWER = "Probe of the user", "Probe of the answer"
@@ -48,6 +53,8 @@ class ChatTemplate(Template):
         self._added = _added_tokens(tokenizer)
         self._special: dict[str, Any] = dict(tokenizer.special_tokens_map)
         try:
+            self._compiled = _compile_jinja_template(source)
+            self._fixed = {**self._compiled.globals, **self._special, "documents": None}
             self.end, notes = self._probe()
             self._unwritten, self.call_end = self._probe_tools()
         except (TemplateError, TypeError, ValueError) as error:
@@ -61,10 +68,12 @@ class ChatTemplate(Template):
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """The template's text, with the answers found in it."""
         self._check_tools(turns)
+        messages, tools = as_messages(turns)
+        num_tools = len(turns) - len(messages)
         try:
-            text, blocks = self._text(turns)
+            text, blocks = self._whole(messages, tools)
             prompts = [
-                self._prompt_text(turns[:index])
+                self._rendered(messages[: index - num_tools], tools, is_prompt=True)
                 for index, turn in enumerate(turns)
                 if turn.role == ASSISTANT and (not self.has_blocks or index == len(turns) - 1)
             ]
@@ -204,26 +213,32 @@ class ChatTemplate(Template):
 
     def _text(self, turns: Sequence[Turn]) -> tuple[str, Sequence[Span]]:
         """The whole conversation's text, and its generation blocks (none where the template has none)."""
-        texts, blocks = self._rendered(turns, is_prompt=False)
-        return texts[0], blocks[0] if self.has_blocks else ()
+        return self._whole(*as_messages(turns))
 
     def _prompt_text(self, turns: Sequence[Turn]) -> str:
-        return self._rendered(turns, is_prompt=True)[0][0]
+        return self._rendered(*as_messages(turns), is_prompt=True)
 
-    def _rendered(self, turns: Sequence[Turn], is_prompt: bool) -> tuple[list[str], list[Sequence[Span]]]:
-        """What `apply_chat_template` gives, without what it does again for each row: half of its time."""
-        messages, tools = as_messages(turns)
-        if not messages:
-            raise TemplateError("a conversation needs a message")
+    def _whole(self, messages: list[Message], tools: Tools) -> tuple[str, Sequence[Span]]:
+        if not self.has_blocks:
+            return self._rendered(messages, tools, is_prompt=False), ()
         rendered: Any = render_jinja_template(
             conversations=[messages],
             tools=cast(Any, tools),
             chat_template=self.source,
-            return_assistant_tokens_mask=self.has_blocks and not is_prompt,
-            add_generation_prompt=is_prompt,
+            return_assistant_tokens_mask=True,
             **self._special,
         )
-        return rendered
+        texts, blocks = rendered
+        return texts[0], blocks[0]
+
+    def _rendered(self, messages: list[Message], tools: Tools, is_prompt: bool) -> str:
+        """What `apply_chat_template` gives, without what it does again for each row: two thirds of its time."""
+        if not messages:
+            raise TemplateError("a conversation needs a message")
+        variables = {**self._fixed, "messages": messages, "tools": tools, "add_generation_prompt": is_prompt}
+        environment, compiled = self._compiled.environment, self._compiled
+        context = environment.context_class(environment, variables, compiled.name, compiled.blocks)
+        return "".join(compiled.root_render_func(context))
 
 
 def read_template(path: str) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
-from itertools import accumulate, islice
+from itertools import accumulate
 
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ from rankwise.data.plain_template import Rendered, Span, Template
 from rankwise.data.preferences import first
 from rankwise.data.rows import Problem, Row
 from rankwise.data.templates import template_for, text_template
+from rankwise.data.tokenise import Tokeniser
 from rankwise.errors import RequestError
 from rankwise.models.batch import IGNORED
 
@@ -113,6 +114,8 @@ class Encoder:
         self.tokenizer, self.config, self.layout = tokenizer, config, layout
         self._templates: dict[bool, Template] = {}
         self._specials = special_tokens(tokenizer)
+        self._special_starts = {token[:1] for token in self._specials}
+        self._tokeniser = Tokeniser(tokenizer)
 
     def encode(self, rows: Sequence[Row]) -> Chunk:
         """Examples of the rows that can be used, in their order, and the problems of the others.
@@ -121,18 +124,14 @@ class Encoder:
         """
         chunk = Chunk()
         written = self._render(rows, chunk)
-        if not written:
-            return chunk
-        sequences = iter(self._sequences(written))
-        prompts = self.tokenizer(
-            [item.rendered[0].prompt for item in written],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+        encodings = self._tokeniser.encodings([rendered.text for item in written for rendered in item.rendered])
+        prompts = self._prompts(written, encodings)
+        place = 0
         for item, prompt in zip(written, prompts, strict=True):
-            parts = list(islice(sequences, len(item.rendered)))
+            parts: list[_Encoded] = []
+            for rendered in item.rendered:
+                parts.append(_encoded(encodings[place], rendered, item.prefix_ids, self.config.max_length))
+                place += 1
             example = _example(item, parts, prompt, self._specials)
             is_emptied = _is_emptied(item, parts, example)
             if not is_emptied:
@@ -143,26 +142,23 @@ class Encoder:
             counts.emptied += is_emptied
             counts.merged += any(part.is_merged for part in parts)
             counts.apart += _is_apart(item, parts[0], prompt)
-            counts.special += any(token in turn.content for turn in item.row.turns for token in self._specials)
+            counts.special += any(self._has_special(turn.content) for turn in item.row.turns)
             _note_prompt(chunk.prompts, example)
         return chunk
 
-    def _sequences(self, written: Sequence[_Written]) -> list[_Encoded]:
-        """Every text of every row, in order."""
-        texts = [(rendered, item.prefix_ids) for item in written for rendered in item.rendered]
-        found = self.tokenizer(
-            [rendered.text for rendered, _ in texts],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        assert found.encodings is not None, "template_for refuses slow tokenizers"
-        parts = zip(texts, found["input_ids"], found.encodings, strict=True)
-        return [
-            _encoded(ids, encoding, rendered, prefix, self.config.max_length)
-            for (rendered, prefix), ids, encoding in parts
-        ]
+    def _prompts(self, written: Sequence[_Written], encodings: Sequence[Encoding]) -> list[list[int]]:
+        """The tokens of each row's prompt alone."""
+        known: list[tuple[str, Encoding] | None] = []
+        place = 0
+        for item in written:
+            first_part = item.rendered[0]
+            known.append((first_part.text, encodings[place]) if first_part.prompt_fits else None)
+            place += len(item.rendered)
+        return self._tokeniser.beginnings([item.rendered[0].prompt for item in written], known)
+
+    def _has_special(self, text: str) -> bool:
+        """Whether a special token is written in a text; most texts have none of the letters that such begin with."""
+        return any(start in text for start in self._special_starts) and any(token in text for token in self._specials)
 
     def _render(self, rows: Sequence[Row], chunk: Chunk) -> list[_Written]:
         """Each row as text; rows that their template refuses are problems of the chunk, as are the templates' notes."""
@@ -239,11 +235,9 @@ def _is_emptied(item: _Written, parts: Sequence[_Encoded], example: Example) -> 
     return any(lost) or (any(trains) and not example.num_trained)
 
 
-def _encoded(
-    ids: Sequence[int], encoding: Encoding, rendered: Rendered, prefix: tuple[int, ...], max_length: int
-) -> _Encoded:
+def _encoded(encoding: Encoding, rendered: Rendered, prefix: tuple[int, ...], max_length: int) -> _Encoded:
     """Labels from the trained spans. `encoding`: knows which characters of the text each token stands for."""
-    text = rendered.text
+    ids, text = encoding.ids, rendered.text
     kept = max_length - len(prefix)
     was_cut = len(ids) > kept
     if was_cut:
@@ -277,21 +271,12 @@ def _characters(encoding: Encoding, token: int) -> Span:
 
 
 def _trained_runs(encoding: Encoding, num_tokens: int, spans: Sequence[Span]) -> tuple[list[tuple[int, int]], bool]:
-    """Runs of tokens that begin inside the spans, and whether some token reaches into one from before it.
-
-    Tokens begin in the order of the text, so each bound is found by halving: a table of all tokens' characters, which
-    takes Python as long as tokenising takes the tokenizer, is not made.
-    """
+    """Runs of tokens that begin inside the spans, and whether some token reaches into one from before it."""
     runs: list[tuple[int, int]] = []
     is_merged = False
-
-    def begins(token: int) -> int:
-        return _characters(encoding, token)[0]
-
-    tokens = range(num_tokens)
     for start, end in spans:
-        begin = bisect_left(tokens, start, key=begins)
-        stop = bisect_left(tokens, end, lo=begin, key=begins)
+        begin = _first_from(encoding, num_tokens, start, start)
+        stop = max(begin, _first_from(encoding, num_tokens, end, end - 1))
         is_merged |= begin > 0 and _characters(encoding, begin - 1)[1] > start
         if begin == stop:
             continue
@@ -300,6 +285,20 @@ def _trained_runs(encoding: Encoding, num_tokens: int, spans: Sequence[Span]) ->
         else:
             runs.append((begin, stop))
     return runs, is_merged
+
+
+def _first_from(encoding: Encoding, num_tokens: int, bound: int, near: int) -> int:
+    """The first token that begins at the character `bound` or behind it, looked for from the one of character `near`.
+
+    Tokens begin in the order of the text. So a character that is in no token leaves halving; a table of all tokens'
+    characters, which takes Python as long as tokenising takes the tokenizer, is not made.
+    """
+    place = encoding.char_to_token(near)
+    if place is None:
+        return bisect_left(range(num_tokens), bound, key=lambda token: _characters(encoding, token)[0])
+    while place < num_tokens and _characters(encoding, place)[0] < bound:
+        place += 1
+    return place
 
 
 def _example(item: _Written, parts: Sequence[_Encoded], prompt: Sequence[int], specials: Sequence[str]) -> Example:

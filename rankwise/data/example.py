@@ -4,22 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from rankwise.data.plain_template import Span
 from rankwise.models.batch import IGNORED
-
-
-def runs(flags: np.ndarray) -> list[tuple[int, int]]:
-    """Where runs of true flags [n] begin and end."""
-    if not len(flags):
-        return []
-    edges = (np.flatnonzero(flags[1:] != flags[:-1]) + 1).tolist()
-    if flags[0]:
-        edges.insert(0, 0)
-    if flags[-1]:
-        edges.append(len(flags))
-    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 @dataclass(frozen=True)

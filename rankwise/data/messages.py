@@ -76,9 +76,12 @@ TOOL_PROBES: dict[str, tuple[tuple[Turn, ...], str]] = {
 
 def tool_parts(turns: Sequence[Turn]) -> list[str]:
     """What of tools the turns have: keys of `TOOL_PROBES`."""
-    has = {
-        DECLARED: any(turn.role == TOOLS for turn in turns),
-        CALLS: any(turn.calls for turn in turns),
-        RESULTS: any(turn.role == TOOL for turn in turns),
-    }
+    has = dict.fromkeys(TOOL_PROBES, False)
+    for turn in turns:
+        if turn.role == TOOLS:
+            has[DECLARED] = True
+        elif turn.role == TOOL:
+            has[RESULTS] = True
+        if turn.calls:
+            has[CALLS] = True
     return [name for name, there in has.items() if there]

@@ -25,8 +25,8 @@ def row_key(row: Row) -> int:
         if turn.role in (LABEL, TAG):
             continue
         parts += (turn.role, turn.content)
-        parts += _others(turn, _TURN_MORE)
-    parts += _others(row, _MORE)
+        _add_others(parts, turn, _TURN_MORE)
+    _add_others(parts, row, _MORE)
     return text_key("\0".join(parts))
 
 
@@ -35,9 +35,11 @@ def row_group(row: Row) -> int:
     return 0 if row.group is None else text_key(row.group)
 
 
-def _others(value: Any, names: tuple[tuple[str, Any], ...]) -> list[str]:
-    found = ((name, getattr(value, name), default) for name, default in names)
-    return [f"{name}={content!r}" for name, content, default in found if default is MISSING or content != default]
+def _add_others(parts: list[str], value: Any, names: tuple[tuple[str, Any], ...]) -> None:
+    for name, default in names:
+        content = getattr(value, name)
+        if default is MISSING or content != default:
+            parts.append(f"{name}={content!r}")
 
 
 def text_key(text: str) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import mmap
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from rankwise.data.example import Example, runs
+from rankwise.data.example import Example
 from rankwise.models.batch import IGNORED
 
 FORMAT = 1
@@ -44,6 +45,8 @@ INDEX_DTYPE = np.dtype(
 RELEASE_BYTES = 64 * 2**20
 """Pages of a mapped file are handed back after so many bytes were read: the process' own memory stays flat."""
 
+_INT32 = "i"
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _NOT_WRITTEN = ("source", "file", "line")
 """Fields that are in the index, or known only of all rows together."""
 
@@ -56,36 +59,38 @@ _TEXTS = tuple(name for name in _FIELDS if _HINTS[name] is str and name != "text
 def packed(example: Example) -> bytes:
     """The record of an example."""
     values: dict[str, Any] = {name: getattr(example, name) for name in _FIELDS}
-    arrays: list[np.ndarray] = []
-    ids = np.array(example.input_ids, dtype=np.int32)
+    arrays: list[array[int]] = []
     for name in _NUMBERS:
         numbers = values[name]
-        if name == "labels" and (edges := _runs(ids, numbers)) is not None:
+        if name == "labels" and (edges := _runs(example.input_ids, numbers)) is not None:
             values[name] = [len(edges)]  # a list: runs of labels that are the tokens' own
-            arrays.append(edges)
-            continue
-        values[name] = len(numbers)
-        if name == "input_ids":
-            arrays.append(ids)
-        elif numbers:
-            arrays.append(np.array(numbers, dtype=np.int32))
+            numbers = edges
+        else:
+            values[name] = len(numbers)
+        arrays.append(array(_INT32, numbers))
     for name in _TEXTS:
         text = values[name]
         if len(text) > 8 and (start := example.text.find(text)) >= 0:
             values[name] = [start, start + len(text)]
-    head = json.dumps(list(values.values()), ensure_ascii=False, separators=(",", ":")).encode()
-    return b"".join([len(head).to_bytes(4, "little"), head, *(array.tobytes() for array in arrays)])
+    head = _JSON.encode(list(values.values())).encode()
+    return b"".join([len(head).to_bytes(4, "little"), head, *arrays])
 
 
-def _runs(ids: np.ndarray, labels: Sequence[int]) -> np.ndarray | None:
+def _runs(ids: Sequence[int], labels: Sequence[int]) -> list[int] | None:
     """Where runs of labels that are the tokens' own begin and end; None where others than IGNORED stand beside them."""
     if len(labels) != len(ids):
         return None
-    own = np.array(labels, dtype=np.int32)
-    trained = own != IGNORED
-    if not np.array_equal(own[trained], ids[trained]):
-        return None
-    return np.array(runs(trained), dtype=np.int32).reshape(-1)
+    trained = bytes(map(IGNORED.__ne__, labels))  # and edges by searching it: all of it without a loop in Python
+    edges: list[int] = []
+    start = trained.find(1)
+    while start >= 0:
+        end = trained.find(0, start)
+        end = len(trained) if end < 0 else end
+        if labels[start:end] != ids[start:end]:
+            return None
+        edges += (start, end)
+        start = trained.find(1, end)
+    return edges
 
 
 def unpacked(record: bytes, source: str, file: str, line: int) -> Example:
@@ -103,9 +108,7 @@ def unpacked(record: bytes, source: str, file: str, line: int) -> Example:
     for name in _TEXTS:
         if isinstance(values[name], list):
             values[name] = values["text"][slice(*values[name])]
-    for name, value in values.items():
-        if isinstance(value, list):
-            values[name] = _tuples(value)
+    values["spans"] = _tuples(values["spans"])
     return Example(**values, source=values["prompt_text"].removeprefix(source), file=file, line=line)
 
 

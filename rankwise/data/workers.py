@@ -1,26 +1,31 @@
 """Chunks of rows, encoded by several processes and given back in order: what comes out does not depend on how many.
 
 Processes rather than the tokenizer's own threads: more than half of the time is Python (templates, labels), which
-threads do not share. On two cores that gains little, and nothing below some 100,000 rows (docs/log.md). Each is a fresh
-interpreter that talks over a socket with a thread of this one; no code of the caller's runs in it, so a script needs no
-`if __name__ == "__main__"`, and CUDA and torch's threads here are left alone, as they would not be by a fork.
+threads do not share. On Linux they are forks of this one, which start at once with the tokenizer loaded. All that runs
+in them is `serve`: Python and the tokenizer, with its threads turned off; neither torch nor CUDA, nor anything of the
+caller's, is touched there. Elsewhere, where a fork is not safe, each is a fresh interpreter, which takes seconds. Both
+talk over a socket with a thread of this process, so a script needs no `if __name__ == "__main__"`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import multiprocessing
 import os
 import queue
 import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
+from operator import attrgetter
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -39,10 +44,14 @@ CHUNK_ROWS = 1000
 CHUNK_CHARACTERS = 2**22
 """Rows encoded at once, at most so many and about so much text: bounds what a chunk takes, whatever the rows are."""
 
-WORKER_BYTES = 16 * 2**20
+FORKS = sys.platform == "linux"
+WORKER_BYTES = 2**20 if FORKS else 16 * 2**20
 """`auto` starts one process for so many bytes of data: starting one takes about as long as encoding half of that."""
 MOST_WORKERS = 16
 """`auto` stops there: this process reads the rows for all of them."""
+
+
+_PLACE = attrgetter("file", "line")
 
 
 @dataclass(frozen=True)
@@ -74,10 +83,10 @@ def encode_chunk(encoder: Encoder | HeadEncoder, rows: Sequence[Row]) -> Encoded
     """Encodes rows to records. Raises: RequestError for a template that can't be used."""
     with _uncollected():
         chunk = encoder.encode(rows)
-    by_place = {(row.file, row.line): row for row in rows}
-    kept = [by_place[example.file, example.line] for example in chunk.examples]
-    made = records(chunk.examples, [row_key(row) for row in kept], [row_group(row) for row in kept])
-    chunk.examples = []
+        by_place = dict(zip(map(_PLACE, rows), rows, strict=True))
+        kept = [by_place[place] for place in map(_PLACE, chunk.examples)]
+        made = records(chunk.examples, [row_key(row) for row in kept], [row_group(row) for row in kept])
+        chunk.examples = []
     return EncodedChunk(made, chunk)
 
 
@@ -95,16 +104,21 @@ def _uncollected() -> Iterator[None]:
 
 def chunks_of(rows: Iterable[Row]) -> Iterator[list[Row]]:
     """Rows in chunks."""
+    rest = iter(rows)
+    while chunk := _next_chunk(rest):
+        yield chunk
+
+
+def _next_chunk(rows: Iterator[Row]) -> list[Row]:
     chunk: list[Row] = []
     size = 0
-    for row in rows:
-        chunk.append(row)
-        size += sum(len(turn.content) for turn in row.turns)
-        if len(chunk) == CHUNK_ROWS or size >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+    with _uncollected():
+        for row in rows:
+            chunk.append(row)
+            size += sum([len(turn.content) for turn in row.turns])
+            if len(chunk) == CHUNK_ROWS or size >= CHUNK_CHARACTERS:
+                break
+    return chunk
 
 
 def num_workers(setting: int | str, data_bytes: int) -> int:
@@ -133,37 +147,33 @@ class _Pool:
     """Processes that encode; a context, which ends them."""
 
     def __init__(self, encoding: Encoding, workers: int) -> None:
-        self._encoding, self._workers = encoding, workers
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._encoding, self._num_workers = encoding, workers
+        self._workers: list[_Worker] = []
         self._free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-        self._connections: list[Connection] = []
-        self._told: set[Connection] = set()
-        """Those that know the encoding."""
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="rankwise-encode")
 
     def __enter__(self) -> _Pool:
-        for _ in range(self._workers):
-            connection, process = _started()
-            self._processes.append(process)
-            self._connections.append(connection)
-            self._free.put(connection)
+        can_fork = FORKS and not multiprocessing.current_process().daemon  # such have no children of that kind
+        start = _forked if can_fork else _started
+        self._workers = start(self._encoding, self._num_workers)  # before any thread of the pool
+        for worker in self._workers:
+            self._free.put(worker.connection)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.terminate()
+        for worker in self._workers:
+            worker.process.terminate()
         self._threads.shutdown(wait=True, cancel_futures=True)
-        for connection in self._connections:
-            connection.close()
-        for process in self._processes:
-            process.wait()
+        for worker in self._workers:
+            worker.connection.close()
+            worker.wait()
 
     def encode(self, chunks: Iterator[list[Row]]) -> Iterator[EncodedChunk]:
         """The chunks in order, at most two ahead for each process."""
         waiting: deque[Future[EncodedChunk]] = deque()
         for chunk in chunks:
             waiting.append(self._threads.submit(self._encode, chunk))
-            while len(waiting) >= 2 * self._workers:
+            while len(waiting) >= 2 * self._num_workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -171,9 +181,6 @@ class _Pool:
     def _encode(self, rows: list[Row]) -> EncodedChunk:
         connection = self._free.get()
         try:
-            if connection not in self._told:
-                connection.send(self._encoding)
-                self._told.add(connection)
             connection.send(rows)
             answer = connection.recv()
         except (EOFError, OSError) as error:
@@ -188,30 +195,94 @@ class _Pool:
         return answer
 
 
-def _started() -> tuple[Connection, subprocess.Popen[bytes]]:
-    ours, theirs = socket.socketpair()
+@dataclass(frozen=True)
+class _Worker:
+    """A process that encodes. `wait` returns once it has ended."""
+
+    connection: Connection
+    process: subprocess.Popen[bytes] | ForkProcess
+    wait: Callable[[], object]
+
+
+def _forked(encoding: Encoding, count: int) -> list[_Worker]:
+    """Forks of this process. Each closes the others' ends of all sockets: it ends when this process does."""
+    pairs = [multiprocessing.Pipe() for _ in range(count)]
+    context = multiprocessing.get_context("fork")
+    workers: list[_Worker] = []
+    with _no_tokenizer_threads(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* is multi-threaded", DeprecationWarning)  # what runs there takes no lock
+        for number, (connection, _) in enumerate(pairs):
+            process = context.Process(target=_serve_forked, args=(encoding, pairs, number), daemon=True)
+            process.start()
+            workers.append(_Worker(connection, process, process.join))
+    for _, theirs in pairs:
+        theirs.close()
+    return workers
+
+
+def _serve_forked(encoding: Encoding, pairs: Sequence[tuple[Connection, Connection]], number: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # handlers are those of the process that was forked
+    for place, (ours, theirs) in enumerate(pairs):
+        ours.close()
+        if place != number:
+            theirs.close()
+    _serve(pairs[number][1], encoding)
+
+
+@contextlib.contextmanager
+def _no_tokenizer_threads() -> Iterator[None]:
+    """Processes that are started inside use none: threads of the tokenizer do not survive a fork."""
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_THREADS]
+        else:
+            os.environ[_THREADS] = before
+
+
+_THREADS = "TOKENIZERS_PARALLELISM"
+
+
+def _started(encoding: Encoding, count: int) -> list[_Worker]:
+    """Fresh interpreters."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
-        "TOKENIZERS_PARALLELISM": "false",
+        _THREADS: "false",
         "OMP_NUM_THREADS": "1",
     }
-    number = theirs.fileno()
-    command = [sys.executable, "-c", f"from rankwise.data.workers import serve; serve({number})"]
-    with theirs:
-        process = subprocess.Popen(command, pass_fds=(number,), env=environment, stdin=subprocess.DEVNULL)
-    return Connection(ours.detach()), process
+    workers: list[_Worker] = []
+    for _ in range(count):
+        ours, theirs = socket.socketpair()
+        number = theirs.fileno()
+        command = [sys.executable, "-c", f"from rankwise.data.workers import serve; serve({number})"]
+        with theirs:
+            process = subprocess.Popen(command, pass_fds=(number,), env=environment, stdin=subprocess.DEVNULL)
+        workers.append(_Worker(Connection(ours.detach()), process, process.wait))
+    for worker in workers:
+        with contextlib.suppress(OSError):  # one that died already is found when it is given rows
+            worker.connection.send(encoding)
+    return workers
 
 
 def serve(number: int) -> None:
-    """A worker's whole life: takes a tokenizer and settings, then chunks, until the socket is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one, which ends it
+    """A fresh interpreter's whole life: takes a tokenizer and settings, then chunks, until the socket is closed."""
     connection = Connection(number)
     with contextlib.suppress(EOFError, ConnectionError):  # the other end has gone: nothing is left to do
-        encoder = connection.recv().encoder()
+        _serve(connection, connection.recv())
+
+
+def _serve(connection: Connection, encoding: Encoding) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one, which ends it
+    with contextlib.suppress(EOFError, ConnectionError):
+        encoder: Encoder | HeadEncoder | None = None
         while True:
             rows = connection.recv()
             try:
+                encoder = encoder or encoding.encoder()
                 connection.send(encode_chunk(encoder, rows))
             except RequestError as error:
                 connection.send(error)

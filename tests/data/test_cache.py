@@ -16,7 +16,7 @@ from rankwise.data.config import DataConfig
 from rankwise.data.loaded import Loaded
 from rankwise.data.loader import load_split
 from rankwise.data.rows import Problem
-from rankwise.errors import RequestError, WorkError
+from rankwise.errors import RequestError
 from tests import tiny
 from tests.data.builders import FIXTURES, messages, tokenizer_of, write_rows
 
@@ -58,36 +58,12 @@ def test_a_cached_load_is_a_fresh_one(rows, tmp_path) -> None:
     assert len(second[1]) == 3 and len(second[0].notes) == 1 and len(second[0].warnings) == 2
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_processes_gives_the_same(rows, monkeypatch, workers: int) -> None:
-    monkeypatch.setattr("rankwise.data.workers.CHUNK_ROWS", 7)
-    assert everything(load(rows, workers=workers)) == everything(load(rows, workers=1)) == everything(load(rows))
-
-
 @pytest.mark.parametrize("chunk", [1, 13])
 def test_chunks_do_not_matter(rows, monkeypatch, chunk: int) -> None:
     whole = everything(load(rows))
     monkeypatch.setattr("rankwise.data.workers.CHUNK_ROWS", chunk)
     monkeypatch.setattr("rankwise.data.workers.CHUNK_CHARACTERS", 40 * chunk)
     assert everything(load(rows)) == whole
-
-
-def test_what_a_worker_refuses_is_what_this_process_refuses(tmp_path) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", [messages("a", "b")])
-    template = tmp_path / "t.jinja"
-    template.write_text("{{ messages[0]['content'] }}")
-    messages_of = []
-    for workers in (1, 2):
-        with pytest.raises(RequestError) as error:
-            load(path, workers=workers, chat_template=str(template))
-        messages_of.append(str(error.value))
-    assert messages_of[0] == messages_of[1]
-
-
-def test_a_dead_worker_is_an_error(rows, monkeypatch) -> None:
-    monkeypatch.setattr("rankwise.data.workers.sys.executable", "/bin/false")
-    with pytest.raises(WorkError, match=r"fewer data.workers"):
-        load(rows, workers=2)
 
 
 def entries(cache: Path) -> list[Path]:

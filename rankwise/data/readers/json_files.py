@@ -42,7 +42,7 @@ class _Decoder:
             value, end = self._json.raw_decode(text, start)
         except RecursionError:
             raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep") from None
-        return value, end, (self._flaws[0] if self._flaws else flaw(value))
+        return value, end, self._flaws[0] if self._flaws else _flaw(value, text, start, end)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -60,6 +60,12 @@ class _Decoder:
         if not math.isfinite(value):
             self._flaws.append(f"holds the number {text[:20]}, which is too large")
         return value
+
+
+def _flaw(value: Any, text: str, start: int, end: int) -> str | None:
+    """`flaw(value)`, looked for where the value's text has what each flaw needs: UTF-8 has no halves of pairs."""
+    is_deep = text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH
+    return flaw(value) if is_deep or text.find("\\u", start, end) >= 0 else None
 
 
 def read_jsonl(stream: Stream) -> Iterator[Item]:
