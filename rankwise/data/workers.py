@@ -206,7 +206,8 @@ class _Worker:
 
 def _forked(encoding: Encoding, count: int) -> list[_Worker]:
     """Forks of this process. Each closes the others' ends of all sockets: it ends when this process does."""
-    pairs = [multiprocessing.Pipe() for _ in range(count)]
+    sockets = [socket.socketpair() for _ in range(count)]
+    pairs = [(Connection(ours.detach()), Connection(theirs.detach())) for ours, theirs in sockets]
     context = multiprocessing.get_context("fork")
     workers: list[_Worker] = []
     with _no_tokenizer_threads(), warnings.catch_warnings():
