@@ -219,40 +219,61 @@ class LowRankLayer(AdapterLayer):
         return {**super().to_peft(), self.kind.a_key: A.detach(), self.kind.b_key: B.detach()}
 
     @override
-    def resize_(self, rank: int, generator: torch.Generator | None = None) -> float:
-        """See `AdapterLayer.resize_`. The parameters are replaced: an optimiser must be told (`rw.set_ranks`)."""
+    def resize_(
+        self,
+        rank: int,
+        generator: torch.Generator | None = None,
+        rows: Float[Tensor, "k n"] | None = None,
+        alpha: float | None = None,
+    ) -> float:
+        """See `AdapterLayer.resize_`. The parameters are replaced: an optimiser must be told (`rw.set_ranks`).
+
+        A growth takes new rows of A from `rows`, and random ones where those are too few. `alpha`: from now on (the
+        present one by default). The error is that of the whole change, relative to its norm; a frozen start becomes
+        part of what is approximated, and is zero afterwards.
+        """
         if rank <= 0:
             raise RequestError(f"rank of '{self._name}' must be a positive whole number, not {rank!r}")
-        ratio = self.scale / scale_of(self.alpha, rank, self.use_rslora)
+        alpha = self.alpha if alpha is None else alpha
+        ratio = self.scale / scale_of(alpha, rank, self.use_rslora)
         with torch.no_grad():
             grows = rank >= self.rank
-            A, B, error = self._grown(rank, ratio, generator) if grows else self._shrunk(rank, ratio)
-            if self.start_B is not None:
+            A, B, error = self._grown(rank, ratio, generator, rows) if grows else self._shrunk(rank, ratio)
+            if self.start_B is not None and grows:
                 self.start_B = self.start_B * ratio
+            elif self.start_B is not None:
+                self.start_A, self.start_B = A.clone(), torch.zeros_like(B)
+        self.alpha = alpha
         self.lora_A = nn.Parameter(A, requires_grad=self.lora_A.requires_grad)
         self.lora_B = nn.Parameter(B, requires_grad=self.lora_B.requires_grad)
         return error
 
-    def _grown(self, rank: int, ratio: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor, float]:
-        """New rows of A random, new columns of B zero, old columns rescaled by the ratio of the scales."""
+    def _grown(
+        self, rank: int, ratio: float, generator: torch.Generator | None, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, float]:
+        """New rows of A given or random, new columns of B zero, old columns rescaled by the ratio of the scales."""
         shape_A, shape_B = self.kind.factor_shapes(self.base, rank - self.rank)
         bound = 1.0 / math.sqrt(self.lora_A[0].numel())
-        rows = torch.empty(shape_A).uniform_(-bound, bound, generator=generator).to(self.lora_A)
+        new = torch.empty(shape_A).uniform_(-bound, bound, generator=generator).to(self.lora_A)
+        if rows is not None:
+            new[: len(rows)] = rows.reshape(-1, *shape_A[1:]).to(new)
         columns = self.lora_B.new_zeros(shape_B)
-        return torch.cat([self.lora_A, rows]), torch.cat([self.lora_B * ratio, columns], dim=1), 0.0
+        return torch.cat([self.lora_A, new]), torch.cat([self.lora_B * ratio, columns], dim=1), 0.0
 
     def _shrunk(self, rank: int, ratio: float) -> tuple[Tensor, Tensor, float]:
-        """The best rank-`rank` approximation of B A, by QR of the factors and an r x r SVD.
+        """The best rank-`rank` approximation of the change, by QR of the factors and the SVD of a matrix of their rank.
 
         The singular values go into B and A keeps its size, so that a layer whose B is zero can still learn.
         """
-        B, A = self.lora_B.flatten(1).double(), self.lora_A.flatten(1).double()
+        joined_A, joined_B = self.joined()
+        B, A = joined_B.flatten(1).double(), joined_A.flatten(1).double()
         Qb, Rb = torch.linalg.qr(B)
         Qa, Ra = torch.linalg.qr(A.T)
-        U, S, Vh = torch.linalg.svd(Rb @ Ra.T)
+        U, S, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
         row_norm = float(torch.linalg.norm(A) / math.sqrt(A.shape[0])) or 1.0
-        new_A = (Vh[:rank] @ Qa.T) * row_norm
-        new_B = (Qb @ U[:, :rank]) * S[:rank] * (ratio / row_norm)
+        missing = max(rank - len(S), 0)  # a rank above the smaller side of the weight
+        new_A = torch.cat([(Vh[:rank] @ Qa.T) * row_norm, A[:missing]])
+        new_B = F.pad((Qb @ U[:, :rank]) * S[:rank] * (ratio / row_norm), (0, missing))
         whole = float(torch.linalg.norm(S))
         error = float(torch.linalg.norm(S[rank:])) / whole if whole else 0.0
         shape_A, shape_B = self.kind.factor_shapes(self.base, rank)
