@@ -26,7 +26,7 @@ from transformers.utils.chat_template_utils import (
 
 from rankwise.data.fields import ASSISTANT, USER, RowError, Turn
 from rankwise.data.messages import CALLS, TOOL_PROBES, Message, as_messages, tool_parts
-from rankwise.data.plain_template import Rendered, Span, Template
+from rankwise.data.plain_template import Rendered, Span, Template, span_weights
 from rankwise.errors import RequestError
 
 Tools = list[dict[str, Any]] | None
@@ -80,7 +80,7 @@ class ChatTemplate(Template):
         except TemplateError as error:
             raise RowError(f"{self.name} refuses the row: {error}") from None
         spans = self._block_spans(text, blocks, turns) if self.has_blocks else self._prefix_spans(text, prompts, turns)
-        return Rendered(text, spans, prompts[-1], text.startswith(prompts[-1]))
+        return Rendered(text, spans, prompts[-1], text.startswith(prompts[-1]), span_weights(turns))
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The template's text with its generation prompt."""
@@ -136,12 +136,12 @@ class ChatTemplate(Template):
         if not spans:
             raise RowError(f"{self.name} has generation blocks, but marks nothing of this row")
         answers = [turn for turn in turns if turn.role == ASSISTANT]
-        if all(turn.train for turn in answers):
+        if all(turn.weight == 1 for turn in answers):
             return tuple(spans)
         if len(spans) != len(answers):
             raise RowError(
                 f"{self.name} has {len(spans)} generation blocks for {len(answers)} answers, so those with train false "
-                "can't be told from the others"
+                "or a weight can't be told from the others"
             )
         return tuple(span for span, turn in zip(spans, answers, strict=True) if turn.train)
 

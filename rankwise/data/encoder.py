@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.chat_template import first_difference, special_tokens
-from rankwise.data.config import DataConfig
+from rankwise.data.config import WHOLE, DataConfig
 from rankwise.data.example import Example
 from rankwise.data.formats import ASSISTANT, TEXT, USER, RowError, Turns
 from rankwise.data.layouts import LAYOUTS
@@ -35,8 +35,8 @@ from rankwise.models.batch import IGNORED
 
 @dataclass
 class Counts:
-    """Rows read, cut, emptied, with a token across the answer's beginning, another prompt, special tokens; and words
-    whose tag is not learned, because they are cut off or have no token.
+    """Rows read, cut, emptied, with a token across the answer's beginning, another prompt, special tokens; words
+    whose tag is not learned, because they are cut off or have no token; rows with weights other than 0 and 1.
     """
 
     rows: int = 0
@@ -46,11 +46,12 @@ class Counts:
     apart: int = 0
     special: int = 0
     words: int = 0
+    weighted: int = 0
 
     def add(self, other: Counts) -> None:
         """Adds another count's figures to these."""
-        total = [a + b for a, b in zip(astuple(self), astuple(other), strict=True)]
-        self.rows, self.truncated, self.emptied, self.merged, self.apart, self.special, self.words = total
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
 
 
 @dataclass
@@ -142,6 +143,7 @@ class Encoder:
             counts.emptied += is_emptied
             counts.merged += any(part.is_merged for part in parts)
             counts.apart += _is_apart(item, parts[0], prompt)
+            counts.weighted += bool(example.weights)
             counts.special += any(self._has_special(turn.content) for turn in item.row.turns)
             _note_prompt(chunk.prompts, example)
         return chunk
@@ -174,7 +176,8 @@ class Encoder:
                 )
             template = used[is_text] = self._templates[is_text]
             try:
-                _check_weights(row.turns)
+                if self.layout != WHOLE:
+                    _check_weights(row.turns)
                 written.append(_Written(row, LAYOUTS[self.layout](row, template), template.prefix_ids))
             except RowError as reason:
                 chunk.problems.append(Problem(row.file, row.line, str(reason)))
@@ -185,10 +188,11 @@ class Encoder:
 
 
 def _check_weights(turns: Turns) -> None:
-    """Raises: RowError for answers that count in part, which the loss does not know yet."""
+    """Raises: RowError for answers that count in part where the losses are not those of single tokens in one text."""
     for turn in turns:
         if turn.weight not in (0, 1):
-            raise RowError(f"an answer has weight {turn.weight:g}; only 0 and 1 are applied")
+            weight = f"an answer has weight {turn.weight:g}"
+            raise RowError(f"{weight}; only train.objective sft applies others than 0 and 1")
 
 
 def _note_prompt(prompts: dict[str, Prompts], example: Example) -> None:
@@ -220,6 +224,7 @@ class _Encoded:
     is_merged: bool
     uncut_ids: Sequence[int]
     """Without the prefix."""
+    weights: tuple[tuple[int, int, float], ...]
 
 
 def _is_apart(item: _Written, first: _Encoded, prompt: Sequence[int]) -> bool:
@@ -260,7 +265,19 @@ def _encoded(encoding: Encoding, rendered: Rendered, prefix: tuple[int, ...], ma
         was_cut=was_cut,
         is_merged=is_merged,
         uncut_ids=ids,
+        weights=_token_weights(encoding, rendered, len(prefix), kept) if rendered.weights else (),
     )
+
+
+def _token_weights(
+    encoding: Encoding, rendered: Rendered, offset: int, kept: int
+) -> tuple[tuple[int, int, float], ...]:
+    """Runs of tokens that count other than once; the first `kept` tokens of the text stand at `offset` and on."""
+    found: list[tuple[int, int, float]] = []
+    for span, weight in zip(rendered.spans, rendered.weights, strict=True):
+        runs, _ = _trained_runs(encoding, len(encoding.ids), [span])
+        found += [(offset + b, offset + min(e, kept), weight) for b, e in runs if b < kept and weight != 1]
+    return tuple(found)
 
 
 def _characters(encoding: Encoding, token: int) -> Span:
@@ -320,6 +337,7 @@ def _example(item: _Written, parts: Sequence[_Encoded], prompt: Sequence[int], s
         file=row.file,
         line=row.line,
         parts=tuple(len(part.ids) for part in parts) if len(parts) > 1 else (),
+        weights=parts[0].weights,  # other layouts than that of one part have none
     )
 
 

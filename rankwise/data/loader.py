@@ -181,6 +181,7 @@ def _opened(folder: Path, content: dict[str, Any], config: DataConfig, how: str)
     """What `_written` wrote and returned."""
     counts = Counts(**content["counts"])
     blank = (f"{counted(content['num_blank'], 'blank line')} skipped",) if content["num_blank"] else ()
+    weighted = (f"{counted(counts.weighted, 'row')} with answers of a weight other than 0 and 1",)
     loaded = Loaded(
         examples=Examples([Store(folder, content["files"], content["instructions"])]),
         format=content["format"],
@@ -188,7 +189,7 @@ def _opened(folder: Path, content: dict[str, Any], config: DataConfig, how: str)
         num_rows=counts.rows,
         num_truncated=counts.truncated,
         num_emptied=counts.emptied,
-        notes=(*blank, *content["notes"]),
+        notes=(*blank, *(weighted if counts.weighted else ()), *content["notes"]),
         warnings=_warnings(counts, config),
         how=how,
     )

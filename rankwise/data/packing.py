@@ -41,6 +41,7 @@ def _packed(examples: Sequence[Example]) -> Batch:
         num_examples=len(examples),
         position_ids=_row(np.arange(len(ids)) - np.repeat(starts, lengths)),
         segment_lengths=lengths,
+        weights=_weights(examples, (1, len(ids)), [(0, int(start)) for start in starts]),
     )
 
 
@@ -61,7 +62,21 @@ def _padded(examples: Sequence[Example], pad_id: int) -> Batch:
         example_index=rows,
         num_examples=len(examples),
         attention_mask=attention_mask,
+        weights=_weights(examples, shape, [(index, 0) for index in range(len(examples))]),
     )
+
+
+def _weights(
+    examples: Sequence[Example], shape: tuple[int, int], starts: Sequence[tuple[int, int]]
+) -> torch.Tensor | None:
+    """How much each position counts; None where all count once. `starts`: row and place where each example begins."""
+    if not any(example.weights for example in examples):
+        return None
+    weights = torch.ones(shape)
+    for example, (row, start) in zip(examples, starts, strict=True):
+        for first, last, weight in example.weights:
+            weights[row, start + first : start + last] = weight
+    return weights
 
 
 def _row(values: np.ndarray) -> torch.Tensor:

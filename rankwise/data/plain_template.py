@@ -33,13 +33,20 @@ class Rendered:
     """A row as text.
 
     `spans`: trained [start, end) characters, in order; `prompt`: what generation of the last answer starts from ("" for
-    plain text); `prompt_fits`: whether `text` begins with `prompt`.
+    plain text); `prompt_fits`: whether `text` begins with `prompt`; `weights`: of each span, none where all are 1.
     """
 
     text: str
     spans: tuple[Span, ...]
     prompt: str
     prompt_fits: bool = True
+    weights: tuple[float, ...] = ()
+
+
+def span_weights(turns: Sequence[Turn]) -> tuple[float, ...]:
+    """The weights of the answers that are trained on, in order; none where all are 1."""
+    weights = tuple([turn.weight for turn in turns if turn.role == ASSISTANT and turn.train])
+    return () if all(weight == 1 for weight in weights) else weights
 
 
 class Template(abc.ABC):
@@ -92,7 +99,7 @@ class PlainTemplate(Template):
                     spans.append((start, len(text)))
             else:
                 text += turn.content
-        return Rendered(text, tuple(spans), prompt)
+        return Rendered(text, tuple(spans), prompt, weights=span_weights(turns))
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The turns and the header of an answer."""
@@ -111,7 +118,7 @@ class CompletionTemplate(Template):
         _check_no_tools(turns, "completion")
         prompt = self.prompt(turns[:-1])
         text = prompt + turns[-1].content + self.end
-        return Rendered(text, ((len(prompt), len(text)),), prompt)
+        return Rendered(text, ((len(prompt), len(text)),), prompt, weights=span_weights(turns))
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The user's text, and a line break unless it ends in white space."""

@@ -25,7 +25,7 @@ import numpy as np
 from rankwise.data.example import Example
 from rankwise.models.batch import IGNORED
 
-FORMAT = 1
+FORMAT = 2
 """Of the two files; a cache of another one is made anew."""
 
 EXAMPLES, INDEX = "examples.bin", "index.bin"
@@ -108,7 +108,7 @@ def unpacked(record: bytes, source: str, file: str, line: int) -> Example:
     for name in _TEXTS:
         if isinstance(values[name], list):
             values[name] = values["text"][slice(*values[name])]
-    values["spans"] = _tuples(values["spans"])
+    values["spans"], values["weights"] = _tuples(values["spans"]), _tuples(values["weights"])
     return Example(**values, source=values["prompt_text"].removeprefix(source), file=file, line=line)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -46,6 +47,11 @@ class Measured(Protocol):
         ...
 
     @property
+    def weights(self) -> Callable[[Any], Tensor | None]:
+        """How much each loss of a batch counts, [n]; None: once each."""
+        ...
+
+    @property
     def collate(self) -> Callable[[Sequence[Example], int, bool], Any]:
         """A batch from examples, the pad token, and whether to pack."""
         ...
@@ -66,7 +72,8 @@ class LossError(WorkError):
 
 @dataclass(frozen=True)
 class Likelihood:
-    """`loss`: mean over all trained units (tokens, pairs, rows) of all examples, not a mean of means.
+    """`loss`: mean over all trained units (tokens, pairs, rows) of all examples, not a mean of means; weighted, where
+    answers have weights.
 
     `figures`: the means of what the objective measures besides.
     """
@@ -101,7 +108,8 @@ def measure_loss(
     if batch_size < 1:
         raise RequestError(f"batch_size must be at least 1, not {batch_size}")
     order = sorted(examples, key=lambda example: -len(example.input_ids))
-    total, num_units = 0.0, 0
+    total, weight, num_units = 0.0, 0.0, 0
+    counting: deque[Tensor | None] = deque()
     sums: dict[str, list[float]] = {}
     was_training = model.training
     objective.meter.pour({})  # what others left in it
@@ -110,26 +118,34 @@ def measure_loss(
         shares = rounds(order, batch_size, model)
         with torch.no_grad(), progress_bar("measuring loss", len(distributed.dealt(order)), progress) as advance:
             batches = (objective.collate(chunk, pad_id, packing).to(model.device) for chunk in shares if chunk)
-            losses_of_each = objective.losses_of(model, batches)
+            losses_of_each = objective.losses_of(model, _noted(batches, objective, counting))
             for chunk in shares:
                 if not chunk:  # the other processes have rows left, and the model is spread over all of them
                     with objective.meter.closed():
                         objective.losses(model, objective.collate(order[-1:], pad_id, packing).to(model.device))
                     continue
-                losses = next(losses_of_each)
-                total += float(losses.double().sum())
+                losses, weights = next(losses_of_each).double(), counting.popleft()
+                total += float((losses if weights is None else losses * weights).sum())
+                weight += losses.numel() if weights is None else float(weights.double().sum())
                 num_units += losses.numel()
                 advance(len(chunk))
             assert next(losses_of_each, None) is None
     finally:
         model.train(was_training)
         objective.meter.pour(sums)
-    both = torch.tensor([total, num_units], dtype=torch.float64)
-    distributed.all_reduce_sum([both])
-    total, num_units = float(both[0]), int(both[1])
+    sums_of_all = torch.tensor([total, weight, num_units], dtype=torch.float64)
+    distributed.all_reduce_sum([sums_of_all])
+    total, weight, num_units = float(sums_of_all[0]), float(sums_of_all[1]), int(sums_of_all[2])
     if not num_units:
         raise RequestError(f"nothing in the {len(order)} examples is trained on; check the data with `data preview`")
     if not math.isfinite(total):
         raise LossError(total)
     figures = {name: total / count for name, (total, count) in sums.items() if count}
-    return Likelihood(total / num_units, num_units, len(order), figures)
+    return Likelihood(total / weight, num_units, len(order), figures)
+
+
+def _noted(batches: Iterable[Any], objective: Measured, weights: deque[Tensor | None]) -> Iterator[Any]:
+    """The batches, and what their losses count in `weights`, since some objectives take all of them at once."""
+    for batch in batches:
+        weights.append(objective.weights(batch))
+        yield batch

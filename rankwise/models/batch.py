@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 IGNORED = -100
@@ -33,6 +33,8 @@ class Batch:
     position_ids: Int64[Tensor, "B T"] | None = None
     """Packed batches: restarts at 0 in each segment."""
     segment_lengths: tuple[int, ...] | None = None
+    weights: Float32[Tensor, "B T"] | None = None
+    """How much each position's label counts in the loss; None: all count once."""
 
     @property
     def is_packed(self) -> bool:
@@ -48,6 +50,10 @@ class Batch:
     def num_trained(self) -> int:
         """Positions that carry a label that some earlier position predicts."""
         return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def label_weights(self) -> Float32[Tensor, " n"] | None:
+        """How much each trained position counts, in reading order; None: all count once."""
+        return None if self.weights is None else self.weights[:, 1:][self.labels[:, 1:] != IGNORED]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

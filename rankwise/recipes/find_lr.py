@@ -20,7 +20,7 @@ from rankwise.recipes.run import RunConfig, read_run
 from rankwise.say import silent, to_stderr
 from rankwise.train.log import ProgressBar, peak_memory_bytes
 from rankwise.train.loop import LoopPlan, Progress, take_step
-from rankwise.train.objective import MicroBatch
+from rankwise.train.objective import MicroBatch, total_weight, weighted_sum
 from rankwise.train.range_test import LEAST_STEPS, MOST_STEPS, Found, RangeTest, one_pass, read_curve
 from rankwise.train.rng import seed_everything, untouched
 from rankwise.train.scale import LossScale
@@ -102,14 +102,15 @@ def measure(job: Job, test: RangeTest, quiet: bool = True) -> Found:
 def untrained_loss(job: Job, batches: list[MicroBatch]) -> float:
     """Mean loss of a step's rows under the model as it is, with dropout off: what its step would start from."""
     trained = [batch for batch in batches if job.objective.count(batch)]
-    total, count = 0.0, 0
+    total, weight = 0.0, 0.0
     with untouched(job.model, job.model.device), torch.no_grad(), job.objective.meter.closed():
-        for losses in job.objective.losses_of(job.model, trained):
-            total += float(losses.double().sum())
-            count += losses.numel()
-    if not count:
+        for batch, losses in zip(trained, job.objective.losses_of(job.model, trained), strict=True):
+            weights = job.objective.weights(batch)
+            total += float(weighted_sum(losses.double(), weights))
+            weight += total_weight(weights, losses.numel())
+    if not weight:
         raise WorkError("a step has nothing that is trained on; see `rankwise data preview`, or raise train.batch_size")
-    return total / count
+    return total / weight
 
 
 class _Trainer:

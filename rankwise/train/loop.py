@@ -1,8 +1,9 @@
 """The training loop: one function, with hooks between optimizer steps.
 
-A step minimises the sum of the losses of all its micro batches divided by the number of losses in the whole step, so
-that k micro batches equal one big batch, on one process or on many. Everything else (evaluation, samples, logging,
-saving, interruption; growth of ranks and task schedules) is a hook: a function of the finished `Step`.
+A step minimises the weighted sum of the losses of all its micro batches divided by the sum of the weights in the whole
+step (each is 1, unless an answer has another), so that k micro batches equal one big batch, on one process or on many.
+Everything else (evaluation, samples, logging, saving, interruption; growth of ranks and task schedules) is a hook: a
+function of the finished `Step`. `loss` over several steps is the mean of theirs by trained tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from rankwise import distributed
 from rankwise.errors import WorkError
 from rankwise.train.evaluations import Evaluations
-from rankwise.train.objective import Filler, MicroBatch, Objective
+from rankwise.train.objective import Filler, MicroBatch, Objective, total_weight, weighted_sum
 from rankwise.train.optim import trained_parameters
 from rankwise.train.optimizers import set_learning_rate
 from rankwise.train.scale import LossScale
@@ -183,9 +184,12 @@ def accumulate(
     Raises: WorkError when there is no loss at all in the step, or it does not depend on any parameter.
     """
     counts = [0 if isinstance(batch, Filler) else objective.count(batch) for batch in micro_batches]
-    totals = torch.tensor([sum(counts), sum(batch.num_tokens for batch in micro_batches)], dtype=torch.int64)
+    weights = [None if isinstance(batch, Filler) else objective.weights(batch) for batch in micro_batches]
+    own_weight = sum(total_weight(w, n) for w, n in zip(weights, counts, strict=True))
+    own_tokens = sum(batch.num_tokens for batch in micro_batches)
+    totals = torch.tensor([own_weight, sum(counts), own_tokens], dtype=torch.float64)  # exact up to 2**53
     distributed.all_reduce_sum([totals])
-    num_trained, num_tokens = (int(total) for total in totals)
+    weight, num_trained, num_tokens = float(totals[0]), int(totals[1]), int(totals[2])
     if num_trained == 0:
         raise WorkError(
             f"step {number}: not one of its {num_tokens} tokens is trained on; the answers are masked or cut off: see "
@@ -194,7 +198,7 @@ def accumulate(
     mean_loss = torch.zeros((), dtype=torch.float64)
     own = [batch for batch, n in zip(micro_batches, counts, strict=True) if n]
     losses_of_each = objective.losses_of(model, own)
-    for batch, count in zip(micro_batches, counts, strict=True):
+    for batch, count, weights_of_batch in zip(micro_batches, counts, weights, strict=True):
         if isinstance(batch, Filler):
             with objective.meter.closed():
                 losses = objective.losses(model, batch.batch)[:0]  # their sum is 0, and so are its gradients
@@ -205,7 +209,7 @@ def accumulate(
         assert losses.numel() == count, f"{losses.numel()} losses where {count} were counted"
         if not losses.requires_grad:
             raise WorkError("the loss does not depend on the adapter: nothing is attached or everything is frozen")
-        share = losses.sum() / num_trained
+        share = weighted_sum(losses, weights_of_batch) / weight
         (share * factor).backward()
         mean_loss += share.detach().cpu().double()
     assert next(losses_of_each, None) is None  # to its end: other processes may wait for it there

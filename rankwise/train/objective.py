@@ -1,8 +1,9 @@
 """What an objective is: the seam between the loop, the data and the model.
 
-An objective turns examples into batches (`collate`), says how many losses a batch has (`count`), and computes them
-(`losses`). The loop knows nothing else: it adds up the losses of a step and divides by the step's count, so that k
-micro batches equal one, whatever is trained. Validation is the mean of the same losses.
+An objective turns examples into batches (`collate`), says how many losses a batch has (`count`) and how much each
+counts (`weights`), and computes them (`losses`). The loop knows nothing else: it adds up the weighted losses of a step
+and divides by the step's sum of weights, so that k micro batches equal one, whatever is trained. Validation is the mean
+of the same losses.
 """
 
 from __future__ import annotations
@@ -102,9 +103,24 @@ def num_trained(batch: MicroBatch) -> int:
     return batch.num_trained
 
 
+def unweighted(batch: Any) -> Tensor | None:
+    """Each loss counts once."""
+    return None
+
+
+def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum of the losses, each times its weight. Nothing is multiplied where each counts once."""
+    return losses.sum() if weights is None else (losses * weights.to(losses.dtype)).sum()
+
+
+def total_weight(weights: Tensor | None, count: int) -> float:
+    """What the weights of so many losses sum up to."""
+    return count if weights is None else float(weights.double().sum())
+
+
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: the mean of `losses` over a step.
+    """What is minimised: the weighted mean of `losses` over a step, sum(w l) / sum(w).
 
     Args:
         needs: of the model and of the rows.
@@ -112,6 +128,7 @@ class Objective:
             graph; takes the model and what `collate` made.
         collate: examples, the pad token and whether to pack, to a micro batch on the CPU; it has a `.to(device)`.
         count: how many losses that will be.
+        weights: how much each of them counts, [num_trained], or None: once each.
         meter: what `losses` measures besides.
         step_losses: where a loss depends on other micro batches of its step: the losses of each of them in turn, each
             to be summed and taken back to the parameters before the next is asked for. None: `losses` of each.
@@ -121,6 +138,7 @@ class Objective:
     losses: Callable[[PreTrainedModel, Any], Tensor]
     collate: Callable[[Sequence[Example], int, bool], Any]
     count: Callable[[Any], int] = num_trained
+    weights: Callable[[Any], Tensor | None] = unweighted
     meter: Meter = field(default_factory=Meter)
     step_losses: Callable[[PreTrainedModel, Sequence[Any]], Iterator[Tensor]] | None = None
 

@@ -15,6 +15,7 @@ from rankwise.data.head_batches import collate_classes, collate_tags, collate_te
 from rankwise.data.packing import collate
 from rankwise.data.preference_batch import collate_preferences
 from rankwise.data.seq2seq import collate_seq2seq
+from rankwise.models.batch import Batch
 from rankwise.models.head_loss import CROSS_ENTROPY, LossTerms
 from rankwise.models.heads import class_losses, correct, head_logits
 from rankwise.models.label_batch import LabelBatch
@@ -28,8 +29,8 @@ from rankwise.train.preference import FIGURES, Preference, Reference
 
 ACCURACY = "accuracy"
 
-TOKENS = Objective(NEEDS["sft"], token_losses, collate)
-"""Cross entropy of each token that carries a label, in nats."""
+TOKENS = Objective(NEEDS["sft"], token_losses, collate, weights=Batch.label_weights)
+"""Cross entropy of each token that carries a label, in nats; those of an answer with a weight count so much."""
 
 
 def preference(beta: float, reference: Reference = disabled) -> Objective:

@@ -27,6 +27,7 @@ CASES = {
     "longer labels": replace(BASE, labels=(-100, 7, 8)),
     "no prompt": replace(BASE, prompt_ids=(), prompt_text="", answer=""),
     "parts": replace(BASE, parts=(2, 3)),
+    "weights": replace(BASE, weights=((2, 3, 0.1), (4, 5, 2.0))),
     "odd letters": replace(BASE, text="\u2028 é \U0001f600\0\t", prompt_text="\u2028 é \U0001f600\0\t", answer="\n"),
     "large ids": replace(BASE, input_ids=(2**31 - 1, 0, 9, 10, 11)),
 }

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 
 from rankwise.data.config import DataConfig
-from rankwise.data.loader import load_examples
 from rankwise.data.rows import BadRows
 from rankwise.data.templates import stop_token_ids, template_for
 from rankwise.errors import RequestError
 from tests import tiny
-from tests.data.builders import GENERATION, GENERATION_WITHOUT_END, example_of, marked, tokenizer_of, write_rows
+from tests.data.builders import GENERATION, GENERATION_WITHOUT_END, example_of, marked, tokenizer_of
 from tests.data.test_chat import AGENT, CALL, ask, reply, result
 
 CONFIG = DataConfig(train="unused", max_length=2000)
@@ -131,14 +130,8 @@ def test_blocks_that_are_not_one_an_answer_can_not_be_told_apart(tmp_path):
     template = GENERATION.replace("{{ message['content'] }}<|im_end|>{% endgeneration %}", "{{ message['content'] }}"
                                   "{% endgeneration %}, {% generation %}<|im_end|>{% endgeneration %}")  # fmt: skip
     assert len(example_of(tmp_path, tokenizer_of(template), {"messages": [ask(), reply()]}).spans) == 2
-    with pytest.raises(BadRows, match="6 generation blocks for 3 answers, so those with train false can't be told"):
+    with pytest.raises(BadRows, match="6 generation blocks for 3 answers, so those with train false or a weight can't"):
         example_of(tmp_path, tokenizer_of(template), TALK)
-
-
-def test_weights_in_part_are_refused(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [ask(), reply(weight=0.5)]}])
-    with pytest.raises(BadRows, match=r"rows.jsonl:1: an answer has weight 0.5; only 0 and 1 are applied"):
-        load_examples(path, tiny.tiny_tokenizer(), CONFIG)
 
 
 def test_parallel_calls(tmp_path):
