@@ -54,7 +54,7 @@ class DoraLayer(LowRankLayer):
         if torch.compiler.is_compiling():
             return self.magnitude / self._norm()
         # a base that is borrowed anew each time is frozen all the same: its address says nothing
-        sources = (self.lora_A, self.lora_B, *(() if self.borrows_base else (self.weight,)))
+        sources = (*self.used(), *(() if self.borrows_base else (self.weight,)))
         gain = self.magnitude / self._norms.of(sources, self._norm)
         if gain.requires_grad:
             gain.register_hook(self._forget_norm)

@@ -13,7 +13,7 @@ from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
@@ -60,6 +60,8 @@ class LowRankLayer(AdapterLayer):
         self.readers: Readers | None = None
         """Those who read the same input, this layer among them."""
         self._derived = Derived(), Derived()
+        self.prefix: int | None = None
+        """While set, the layer is the adapter of this rank that its first rows of A and columns of B are."""
         shape_A, shape_B = kind.factor_shapes(base, config.r)
         self.lora_A = nn.Parameter(torch.empty(shape_A, device=self.weight.device))
         self.lora_B = nn.Parameter(torch.empty(shape_B, device=self.weight.device))
@@ -75,13 +77,19 @@ class LowRankLayer(AdapterLayer):
     @property
     def scale(self) -> float:
         """The scale, s."""
-        return scale_of(self.alpha, self.rank, self.use_rslora)
+        return scale_of(self.alpha, self.prefix or self.rank, self.use_rslora)
+
+    def used(self) -> tuple[Tensor, Tensor]:
+        """A and B, or the first rows and columns of them (see `prefix`)."""
+        if self.prefix is None:
+            return self.lora_A, self.lora_B
+        return self.lora_A[: self.prefix], self.lora_B[:, : self.prefix]
 
     def terms(self) -> list[tuple[Tensor, Tensor]]:
         """The pairs (A, B) whose products add up to the change: the trained one, and A0 with -B0 of a frozen start."""
         if self.start_A is None or self.start_B is None:
-            return [(self.lora_A, self.lora_B)]
-        return [(self.lora_A, self.lora_B), (self.start_A, -self.start_B)]
+            return [self.used()]
+        return [self.used(), (self.start_A, -self.start_B)]
 
     def start_(self, config: LoraConfig, generator: torch.Generator | None = None) -> None:
         """Fills A and B as `init_lora_weights` says. The base is read, never written."""
@@ -120,7 +128,7 @@ class LowRankLayer(AdapterLayer):
             y = self.base(x)
             return y + self.change(x).to(y.dtype)
         rule = self.keep_rule if self.training else None
-        factors = self._factors(x, shared=rule is None and other is None)
+        factors = self._factors(x, shared=rule is None and other is None and self.prefix is None)
         if is_quantized(self.base):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return lora_linear(x, self.base, bias, factors, rule, other)
@@ -136,6 +144,7 @@ class LowRankLayer(AdapterLayer):
         assert base is not None and A is not None
         return (
             x.numel() < A.numel()
+            and self.prefix is None
             and (type(base) in FUSED or is_quantized(base))
             and x.element_size() <= A.element_size()
             and not base._forward_hooks
@@ -154,7 +163,7 @@ class LowRankLayer(AdapterLayer):
 
     def _factors(self, x: Tensor, shared: bool) -> Factors:
         """The factors, cast and with x A^T where another layer has computed it. A compiler shares by itself."""
-        A, B = self.lora_A, self.lora_B
+        A, B = self.used()
         if torch.compiler.is_compiling():
             return Factors(A, B, self.scale, A.detach().to(x.dtype), B.detach().to(x.dtype))
         of_A, of_B = self._derived
@@ -247,6 +256,16 @@ class LowRankLayer(AdapterLayer):
         self.lora_A = nn.Parameter(A, requires_grad=self.lora_A.requires_grad)
         self.lora_B = nn.Parameter(B, requires_grad=self.lora_B.requires_grad)
         return error
+
+    @torch.no_grad()
+    def select_(self, chosen: Int64[Tensor, " p"]) -> None:
+        """Keeps the chosen rows of A and columns of B, rescaled; parameters are replaced as by `resize_`."""
+        ratio = self.scale / scale_of(self.alpha, len(chosen), self.use_rslora)
+        if self.start_B is not None:
+            self.start_B = self.start_B * ratio
+        A, B = self.lora_A[chosen], self.lora_B[:, chosen] * ratio
+        self.lora_A = nn.Parameter(A, requires_grad=self.lora_A.requires_grad)
+        self.lora_B = nn.Parameter(B, requires_grad=self.lora_B.requires_grad)
 
     def _grown(
         self, rank: int, ratio: float, generator: torch.Generator | None, rows: Tensor | None

@@ -39,6 +39,8 @@ class Attachment(nn.Module):
         """Rows of the plain model's embeddings, where loading has changed their number."""
         self.head: dict[str, Any] | None = None
         """What the folder's `head.json` says: names of classes, or how an embedding is pooled."""
+        self.nested: dict[str, Any] | None = None
+        """What the folder's `nested.json` says: every prefix of the ranks, from a least one, works alone."""
         self.share_left_out = 0.0
         self.largest_left_out: list[str] = []
         self.unpacked: list[nn.Module] = []

@@ -46,6 +46,9 @@ Path_ = str | os.PathLike[str]
 HEAD_FILE = "head.json"
 """Beside PEFT's two files, for a head that is a riddle without it: names of classes, or an embedding's pooling."""
 
+NESTED_FILE = "nested.json"
+"""Beside them, for an adapter whose every prefix works (`ranks.policy: nested`): its `least` and `most` rank."""
+
 
 # --- writing -------------------------------------------------------------------------------------------------------
 
@@ -53,7 +56,7 @@ HEAD_FILE = "head.json"
 def save_adapter(model: nn.Module, folder: Path_) -> None:
     """Writes PEFT's folder: `adapter_config.json` and `adapter_model.safetensors`. Other files in it stay.
 
-    Where the attachment says what its head means, that goes into `head.json`.
+    Where the attachment says what its head means, that goes into `head.json`; that it is nested, into `nested.json`.
 
     Raises: RequestError when nothing is attached; WorkError for weights that are not finite or a disk that is full.
     """
@@ -61,11 +64,12 @@ def save_adapter(model: nn.Module, folder: Path_) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise WorkError(f"'{name}' holds values that are not finite; the adapter was not saved")
-    head = need_attachment(model).head
+    attachment = need_attachment(model)
     weights = save(peft_format.to_file(tensors), metadata={"format": "pt"})
     texts = {peft_format.CONFIG_FILE: json.dumps(peft_config(model), indent=2, sort_keys=True)}
-    if head is not None:
-        texts[HEAD_FILE] = json.dumps(head, indent=2, ensure_ascii=False)
+    for name, content in ((HEAD_FILE, attachment.head), (NESTED_FILE, attachment.nested)):
+        if content is not None:
+            texts[name] = json.dumps(content, indent=2, ensure_ascii=False)
     target, names = Path(folder), (peft_format.WEIGHTS_FILE, *texts)
     with contextlib.ExitStack() as stack:  # none is renamed before all are written
         if target.exists():
@@ -187,6 +191,15 @@ def read_head(folder: Path_) -> dict[str, Any] | None:
     return None if text is None else _json_object(text, Path(folder) / HEAD_FILE)
 
 
+def read_nested(folder: Path_) -> dict[str, Any] | None:
+    """The content of `nested.json`; None where there is none.
+
+    Raises: RequestError for one that can't be read.
+    """
+    text = _text(folder, NESTED_FILE)
+    return None if text is None else _json_object(text, Path(folder) / NESTED_FILE)
+
+
 def read_tensors(folder: Path_) -> dict[str, Tensor]:
     """The adapter's tensors, under names relative to the model.
 
@@ -229,7 +242,7 @@ def load_adapter(model: Model, folder: Path_, trainable: bool = False) -> Model:
         with unchanged_on_error(model):
             _attach_saved(model, config, tensors, str(folder))
         parameters = adapter_parameters(model).values()
-    need_attachment(model).head = head
+    need_attachment(model).head, need_attachment(model).nested = head, read_nested(folder)
     for parameter in parameters:
         parameter.requires_grad_(trainable)
     return model

@@ -20,7 +20,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "fixed": (),
     "layered": ("plan", "depth", "budget", "min", "max", "alpha"),
     "spectrum": ("budget", "measure", "batches", "min", "max", "alpha", "plan"),
-    "grow": ("start", "max", "every", "by", "where", "measure", "budget", "settle"),
+    "grow": ("start", "max", "every", "by", "where", "measure", "budget", "settle", "alpha"),
     "adaptive": ("budget", "start", "min", "max", "every", "settle"),
     "nested": ("min",),
 }
@@ -28,9 +28,14 @@ FIELDS: dict[str, tuple[str, ...]] = {
 
 PLANNED = ("layered", "spectrum")
 """Policies that give layers their ranks before training."""
-POLICIES_TO_COME = ("spectrum", "grow", "adaptive", "nested")
+POLICIES_TO_COME = ("spectrum",)
 NEEDED: dict[str, tuple[str, ...]] = {"spectrum": ("budget",), "adaptive": ("budget",), "grow": ("max", "every")}
 """Settings without which a policy means nothing."""
+
+RESIZING = ("grow", "adaptive")
+"""Policies that replace parameters while training, and the optimizer's state with them."""
+MOVING = (*RESIZING, "nested")
+"""Policies by which layers have other ranks from step to step."""
 
 DEPTHS = ("up", "down", "hump")
 MEASURES: dict[str, tuple[str, ...]] = {

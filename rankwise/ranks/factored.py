@@ -88,3 +88,14 @@ def truncated(A: Float[Tensor, "r n"], B: Float[Tensor, "o r"], rank: int) -> Tr
     new_B[:, :kept] = (Q_B @ U[:, :kept]) * (S[:kept] / size)
     squares = S.square()
     return Truncated(new_A, new_B, float(squares[kept:].sum()), float(squares.sum()))
+
+
+def prefix(A: Float[Tensor, "r n"], B: Float[Tensor, "o r"], rank: int, gain: float) -> Truncated:
+    """The first `rank` rows of A and columns of B, as they are; the error is that of `gain` times their product.
+
+    `gain` is the ratio of the scales after and before.
+    """
+    new_A, new_B = A[:rank], B[:, :rank]
+    rest = torch.cat([B.double(), -gain * new_B.double()], dim=1)
+    both = torch.cat([A.double(), new_A.double()])
+    return Truncated(new_A, new_B, *(float(singular_values(*pair).square().sum()) for pair in ((both, rest), (A, B))))

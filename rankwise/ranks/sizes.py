@@ -81,16 +81,21 @@ def measure_sizes(model: nn.Module, config: LoraConfig) -> AdapterSizes:
     one = config.with_(r=1, rank_pattern={}, init_lora_weights=True, init_scale=1.0)
     attach(model, one, torch.Generator().manual_seed(0))
     try:
-        layers = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, LowRankLayer)}
-        costs = {name: layer.lora_A.numel() + layer.lora_B.numel() for name, layer in layers.items()}
-        most = {name: min(layer.lora_A.numel(), layer.lora_B.numel()) for name, layer in layers.items()}
-        whole = sum(parameter.numel() for parameter in adapter_parameters(model).values())
-        entries = {name: (t.dtype, tuple(t.shape)) for name, t in peft_format.to_file(peft_tensors(model)).items()}
-        axes: dict[str, tuple[str, int]] = {}
-        for name, layer in layers.items():
-            axes[f"{peft_format.PREFIX}{name}.{layer.kind.a_key}"] = name, 0
-            axes[f"{peft_format.PREFIX}{name}.{layer.kind.b_key}"] = name, 1
+        return attached_sizes(model, copies=2 if start_name(config.init_lora_weights) in TAKEN_FROM_BASE else 1)
     finally:
         detach(model)
-    copies = 2 if start_name(config.init_lora_weights) in TAKEN_FROM_BASE else 1
-    return AdapterSizes(costs, most, whole - sum(costs.values()), entries, axes, copies)
+
+
+def attached_sizes(model: nn.Module, copies: int) -> AdapterSizes:
+    """The sizes of the adapter that is attached, whatever its ranks are now; `copies` as in `AdapterSizes`."""
+    layers = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, LowRankLayer)}
+    costs = {name: layer.lora_A[0].numel() + layer.lora_B[:, 0].numel() for name, layer in layers.items()}
+    most = {name: min(layer.lora_A[0].numel(), layer.lora_B.shape[0]) for name, layer in layers.items()}
+    whole = sum(parameter.numel() for parameter in adapter_parameters(model).values())
+    fixed = whole - sum(costs[name] * layer.rank for name, layer in layers.items())
+    entries = {name: (t.dtype, tuple(t.shape)) for name, t in peft_format.to_file(peft_tensors(model)).items()}
+    axes: dict[str, tuple[str, int]] = {}
+    for name, layer in layers.items():
+        axes[f"{peft_format.PREFIX}{name}.{layer.kind.a_key}"] = name, 0
+        axes[f"{peft_format.PREFIX}{name}.{layer.kind.b_key}"] = name, 1
+    return AdapterSizes(costs, most, fixed, entries, axes, copies)

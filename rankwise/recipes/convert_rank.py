@@ -1,8 +1,11 @@
-"""Convert-rank: an adapter folder compressed to lower ranks, from its two files alone; the base is never loaded.
+"""Convert-rank: an adapter folder compressed to lower ranks, from its files alone; the base is never loaded.
 
-Layers keep their scale s: alpha falls with the rank. So where all layers had one scale they still have it, and the
-configuration's `r` and `lora_alpha` (`r` being the highest rank) give it too: a reader that knows no patterns, such as
-vLLM, scales every layer rightly. What is not low-rank (magnitudes, biases, whole modules) is copied.
+By `svd` each layer becomes the best approximation of its update. By `prefix`, for an adapter that was trained nested
+(`ranks.policy: nested`), it keeps the first rows of A and columns of B: the adapter that was trained at this rank.
+
+All layers get the scale s of the one with the highest rank; where another one's was different, B takes the ratio up. So
+the configuration's `r`, the highest rank, and `lora_alpha` give every layer's scale: a reader that knows no patterns,
+such as vLLM, scales rightly. What is not low-rank (magnitudes, biases, whole modules) is copied.
 """
 
 from __future__ import annotations
@@ -19,15 +22,17 @@ from rankwise.adapters.config import LoraConfig, start_name
 from rankwise.adapters.low_rank import scale_of
 from rankwise.adapters.starts import TAKEN_FROM_BASE
 from rankwise.attach import peft_format
-from rankwise.attach.checkpoint import HEAD_FILE, read_config, read_head, read_tensors
+from rankwise.attach.checkpoint import HEAD_FILE, NESTED_FILE, read_config, read_head, read_nested, read_tensors
 from rankwise.attach.targets import alpha_in
-from rankwise.errors import RequestError
+from rankwise.errors import RequestError, did_you_mean
 from rankwise.files import obstacle, replacing_folder
-from rankwise.ranks.factored import rank_for_energy, relative_error, singular_values, truncated
+from rankwise.ranks.factored import prefix, rank_for_energy, relative_error, singular_values, truncated
 from rankwise.recipes.inspect import FACTOR_NAMES, factors
 from rankwise.recipes.output import RUN_FILE
 from rankwise.train.state import ADAPTER
 
+AUTO, SVD, PREFIX = "auto", "svd", "prefix"
+METHODS = (AUTO, SVD, PREFIX)
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's `max_lora_rank` can be (vllm.config.lora, 0.14): one number for all layers of all adapters."""
 
@@ -49,17 +54,20 @@ class Converted:
         return relative_error(self.lost, self.whole)
 
 
-def convert_rank(adapter: str, out: str, rank: int | None = None, energy: float | None = None) -> dict[str, Any]:
-    """The document of `rankwise convert-rank`: `output`, `error`, `modules` and figures.
+def convert_rank(
+    adapter: str, out: str, rank: int | None = None, energy: float | None = None, method: str = AUTO
+) -> dict[str, Any]:
+    """The document of `rankwise convert-rank`: `output`, `error`, `method`, `modules` and figures.
 
     Args:
         adapter: an adapter folder, or a run folder.
         out: the folder to write.
         rank: of every layer that has a higher one; or else
         energy: the share of each layer's squared singular values that must stay, above 0 and at most 1.
+        method: `svd`, `prefix`, or `auto`: prefix for a nested adapter and a rank that it was trained for.
 
-    Raises: RequestError for a folder that exists, an adapter that can't be read or has nothing to compress, or both or
-        none of `rank` and `energy`.
+    Raises: RequestError for a folder that exists, an adapter that can't be read or has nothing to compress, both or
+        none of `rank` and `energy`, or `prefix` where it is not to be had.
     """
     _check_request(out, rank, energy)
     folder = Path(adapter).expanduser()
@@ -74,15 +82,41 @@ def convert_rank(adapter: str, out: str, rank: int | None = None, energy: float 
         )
     pairs = factors(tensors, str(folder))
     _check_lower(rank, {name: A.shape[0] for name, (A, _) in pairs.items()}, adapter)
-    modules = []
+    nested = read_nested(folder)
+    chosen = _method(method, adapter, nested, rank)
+    found: dict[str, tuple[Converted, Tensor, Tensor]] = {}
     for name, (A, B) in pairs.items():
         values = singular_values(A.flatten(1), B.flatten(1))
-        converted, new_A, new_B = _convert(config, name, A, B, rank or rank_for_energy(values, energy or 1.0))
-        modules.append(converted)
+        found[name] = _convert(config, name, A, B, rank or rank_for_energy(values, energy or 1.0), chosen)
+    modules = [converted for converted, _, _ in found.values()]
+    scale = max(modules, key=lambda module: module.rank).scale
+    for name, (converted, A, B) in found.items():
         end_a, end_b = next(ends for ends in FACTOR_NAMES if name + ends[0] in tensors)
-        tensors[name + end_a], tensors[name + end_b] = new_A, new_B
-    _write(Path(out), folder, tensors, modules, config.use_rslora)
-    return _document(out, modules, tensors)
+        one_scale = B if converted.scale == scale else (B.double() * (converted.scale / scale)).to(B.dtype)
+        tensors[name + end_a], tensors[name + end_b] = A, one_scale
+    _write(
+        Path(out), folder, tensors, _patterns(modules, scale, config.use_rslora), nested if chosen == PREFIX else None
+    )
+    return _document(out, chosen, modules, tensors)
+
+
+def _method(method: str, adapter: str, nested: dict[str, Any] | None, rank: int | None) -> str:
+    """`svd` or `prefix`. Raises: RequestError where prefix was asked for and can't be had."""
+    if method not in METHODS:
+        raise RequestError(f"--method can't be '{method}'{did_you_mean(method, METHODS)}")
+    if method == PREFIX and nested is None:
+        raise RequestError(
+            f"--method prefix is for adapters trained with ranks.policy: nested, which '{adapter}' was not; use svd"
+        )
+    if method == PREFIX and rank is None:
+        raise RequestError("--method prefix takes --rank: prefixes have no energy of their own")
+    if method == PREFIX and nested is not None and rank is not None and rank < nested["least"]:
+        raise RequestError(
+            f"--rank {rank} is below {nested['least']}, the least that '{adapter}' was trained for; ask for more, or "
+            "use --method svd"
+        )
+    trained = nested is not None and rank is not None and rank >= nested["least"]
+    return (PREFIX if trained else SVD) if method == AUTO else method
 
 
 def _check_request(out: str, rank: int | None, energy: float | None) -> None:
@@ -109,61 +143,72 @@ def _check_lower(rank: int | None, ranks: dict[str, int], adapter: str) -> None:
         )
 
 
-def _convert(config: LoraConfig, name: str, A: Tensor, B: Tensor, rank: int) -> tuple[Converted, Tensor, Tensor]:
+def _convert(
+    config: LoraConfig, name: str, A: Tensor, B: Tensor, rank: int, method: str
+) -> tuple[Converted, Tensor, Tensor]:
     """The layer at `rank`, in the shapes and dtypes that it has; as it is where that is no less than its own."""
     before = A.shape[0]
-    scale = scale_of(alpha_in(config, name), before, config.use_rslora)
+    alpha = alpha_in(config, name)
+    scale = scale_of(alpha, before, config.use_rslora)
     squared = scale**2
     if rank >= before:
         whole = float(singular_values(A.flatten(1), B.flatten(1)).square().sum())
         return Converted(name, before, before, scale, 0.0, whole * squared), A, B
-    found = truncated(A.flatten(1), B.flatten(1), rank)
+    if method == PREFIX:
+        scale = scale_of(alpha, rank, config.use_rslora)  # the rule of the training: alpha stays
+        found = prefix(A.flatten(1), B.flatten(1), rank, scale / squared**0.5)
+    else:
+        found = truncated(A.flatten(1), B.flatten(1), rank)
     converted = Converted(name, before, rank, scale, found.lost * squared, found.whole * squared)
     new_A = found.A.reshape(rank, *A.shape[1:]).to(A.dtype).contiguous()
     new_B = found.B.reshape(B.shape[0], rank, *B.shape[2:]).to(B.dtype).contiguous()
     return converted, new_A, new_B
 
 
-def _patterns(modules: list[Converted], use_rslora: bool) -> dict[str, Any]:
-    """The configuration's `r`, `lora_alpha` and patterns: those of the layer of highest rank, and what differs."""
-    most = max(modules, key=lambda module: module.rank)
-    alphas = {module.name: _alpha(module, use_rslora) for module in modules}
+def _patterns(modules: list[Converted], scale: float, use_rslora: bool) -> dict[str, Any]:
+    """The configuration's `r` and `lora_alpha`, of the highest rank, and patterns for the layers of lower ones."""
+    most = max(module.rank for module in modules)
+    lower = {f"^{module.name}": module.rank for module in modules if module.rank != most}
     return {
-        "r": most.rank,
-        "lora_alpha": alphas[most.name],
-        "rank_pattern": {f"^{module.name}": module.rank for module in modules if module.rank != most.rank},
-        "alpha_pattern": {f"^{name}": alpha for name, alpha in alphas.items() if alpha != alphas[most.name]},
+        "r": most,
+        "lora_alpha": _alpha(scale, most, use_rslora),
+        "rank_pattern": lower,
+        "alpha_pattern": {name: _alpha(scale, rank, use_rslora) for name, rank in lower.items()},
     }
 
 
-def _alpha(module: Converted, use_rslora: bool) -> int | float:
-    alpha = module.scale * (module.rank**0.5 if use_rslora else module.rank)
+def _alpha(scale: float, rank: int, use_rslora: bool) -> int | float:
+    alpha = scale * (rank**0.5 if use_rslora else rank)
     nearest = round(alpha)
     return nearest if nearest and abs(alpha - nearest) <= 1e-12 * alpha else alpha
 
 
-def _write(out: Path, folder: Path, tensors: dict[str, Tensor], modules: list[Converted], use_rslora: bool) -> None:
+def _write(
+    out: Path, folder: Path, tensors: dict[str, Tensor], patterns: dict[str, Any], nested: dict[str, Any] | None
+) -> None:
     """PEFT's folder: the configuration is the old one's, field for field, but for the ranks and alphas."""
     fields = json.loads((folder / peft_format.CONFIG_FILE).read_text(encoding="utf-8"))
-    fields.update(_patterns(modules, use_rslora))
-    head = read_head(folder)
+    texts = {peft_format.CONFIG_FILE: json.dumps({**fields, **patterns}, indent=2, sort_keys=True)}
+    if nested is not None:
+        nested = {**nested, "most": patterns["r"]}
+    for name, content in ((HEAD_FILE, read_head(folder)), (NESTED_FILE, nested)):
+        if content is not None:
+            texts[name] = json.dumps(content, indent=2, ensure_ascii=False)
     with replacing_folder(out) as temporary:
         weights = save(peft_format.to_file(tensors), metadata={"format": "pt"})
         (temporary / peft_format.WEIGHTS_FILE).write_bytes(weights)
-        text = json.dumps(fields, indent=2, sort_keys=True)
-        (temporary / peft_format.CONFIG_FILE).write_text(text, encoding="utf-8")
-        if head is not None:
-            text = json.dumps(head, indent=2, ensure_ascii=False)
-            (temporary / HEAD_FILE).write_text(text, encoding="utf-8")
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
 
 
-def _document(out: str, modules: list[Converted], tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _document(out: str, method: str, modules: list[Converted], tensors: dict[str, Tensor]) -> dict[str, Any]:
     lost, whole = sum(module.lost for module in modules), sum(module.whole for module in modules)
     rows = [asdict(module) | {"error": module.error} for module in modules]
     most = max(module.rank for module in modules)
     return {
         "output": out,
         "error": relative_error(lost, whole),
+        "method": method,
         "max_rank": most,
         "vllm_max_lora_rank": next((allowed for allowed in VLLM_RANKS if allowed >= most), None),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),

@@ -18,8 +18,9 @@ from rankwise.attach.inject import adapter_parameters
 from rankwise.errors import RequestError, WorkError, WriteError
 from rankwise.models.sharding import is_sharded
 from rankwise.recipes.best import check_best, write_adapter
-from rankwise.recipes.finetune_hooks import evaluation_hook, logging_hook, saving_hook
+from rankwise.recipes.finetune_hooks import evaluation_hook, logging_hook, moving_hooks, saving_hook
 from rankwise.recipes.finetune_job import Job, prepare
+from rankwise.recipes.moving_ranks import BeforeSteps
 from rankwise.recipes.output import RunFolder
 from rankwise.recipes.provenance import adapter_hashes
 from rankwise.recipes.resume import usable_checkpoint
@@ -98,12 +99,15 @@ def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | No
         go_on = f"the same torchrun, and -m {go_on}"
     with StopRequest() as stop, ProgressBar(job.plan.num_steps, job.progress.step, shown=not quiet) as bar:
         hooks = [
+            *moving_hooks(job, bar.say),
             evaluation_hook(job, folder, bar.say),
             logging_hook(job, folder, bar),
             *([on_step] if on_step is not None else []),
             saving_hook(job, folder, stop, go_on),
         ]
         batches = InStep(job.batches) if is_sharded(job.model) else job.batches
+        if job.mover is not None:
+            batches = BeforeSteps(batches, job.mover)
         try:
             fit(job.model, job.optimizer, batches, minimised(job.objective, train), job.plan, job.progress, hooks)
             return _finish(job, folder, bar.say)

@@ -35,6 +35,14 @@ class _Period:
         return step.is_last or self._every.due(step.number, self._batch_size, self._num_rows)
 
 
+def moving_hooks(job: Job, say: Say) -> list[Hook]:
+    """What moves the ranks after a step, before anything else looks at the model; nothing where they stay."""
+    mover = job.mover
+    if mover is None:
+        return []
+    return [lambda step: mover.after(step, job.progress, say)]
+
+
 def evaluation_hook(job: Job, folder: RunFolder, say: Say) -> Hook:
     """Measures the loss on `data.valid` (as `valid_loss`), and generates samples. Training does not notice.
 

@@ -34,10 +34,12 @@ from rankwise.models.load import check_task, choose_device, load_model, resolve
 from rankwise.recipes.finetune_data import RunData, load_data
 from rankwise.recipes.finetune_report import describe_run
 from rankwise.recipes.heads import head_of, with_new_modules
+from rankwise.recipes.moving_ranks import RankMover, check_same_moves, starting_config
 from rankwise.recipes.processes import bring_in_step, check_same_data, check_spread, is_state_shared, num_shares
 from rankwise.recipes.provenance import data_hashes, provenance
+from rankwise.recipes.rank_movers import rank_mover
 from rankwise.recipes.rank_plan import planned_config
-from rankwise.recipes.resume import check_length, check_settings, run_precision, training_settings
+from rankwise.recipes.resume import as_begun, check_length, check_settings, run_precision, training_settings
 from rankwise.recipes.run import RunConfig, StartFrom, check_task_type, with_section
 from rankwise.say import Say
 from rankwise.train.batches import MicroBatches
@@ -73,6 +75,8 @@ class Job:
     settings: dict[str, Any]
     provenance: dict[str, Any]
     checkpoint: Checkpoint | None
+    mover: RankMover | None
+    """Moves the ranks, where they move."""
 
     @property
     def resumed_from(self) -> int | None:
@@ -111,6 +115,7 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     if checkpoint is not None:
         check_settings(checkpoint, settings, say)
         check_length(checkpoint, run.train, num_rows)
+        check_same_moves(run, as_begun(checkpoint, run.train), num_rows, checkpoint.step)
     plan = _plan(run, num_rows)
     model = _model_in_step(run, precision, data, device, say)
     order = RowOrder(data.shares, run.train.batch_size, run.train.num_rows(num_rows), run.train.seed)
@@ -118,7 +123,12 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     objective = objective_of(run.train, StartingAdapter(model).in_place if goes_on else disabled)
     packing = run.data.packing is True
     batches = MicroBatches(objective, data.train.examples, order, run.train.micro_rows, data.pad_id, packing, device)
+    mover = rank_mover(run, model, num_rows)
+    if mover is not None and checkpoint is not None:
+        mover.restore(checkpoint.progress)
     optimizer = optimizer_of(run.train, model)
+    if mover is not None:
+        mover.watch(optimizer)
     if is_state_shared(run.train, adapter_parameters(model)):
         share_state(optimizer)
     start = Path(run.adapter.folder) if isinstance(run.adapter, StartFrom) else None
@@ -126,7 +136,7 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
         lambda: provenance(model, run.model.revision, hashes, start, checkpoint.step if checkpoint else None)
     )
     progress = Progress(scale=LossScale.of(precision.name))
-    job = Job(run, model, data, batches, objective, plan, optimizer, progress, settings, record, checkpoint)
+    job = Job(run, model, data, batches, objective, plan, optimizer, progress, settings, record, checkpoint, mover)
     _rehearse(job)
     seed_everything(process_seed(run.train.seed, distributed.rank()))
     if checkpoint is not None:
@@ -224,7 +234,8 @@ def _attached_model(run: RunConfig, precision: Precision, data: RunData, say: Sa
         task_type = run.adapter.task_type or run.train.needs.task_type
         config = run.adapter.with_(base_model_name_or_path=named, revision=run.model.revision, task_type=task_type)
         try:
-            attach(model, planned_config(model, with_new_modules(model, config), run.ranks, say))
+            config = starting_config(with_new_modules(model, config), run.ranks)
+            attach(model, planned_config(model, config, run.ranks, say))
         except RequestError as error:
             raise RequestError(with_section(str(error))) from error
         _check_dropout(model, run.adapter)

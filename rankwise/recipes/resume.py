@@ -117,10 +117,9 @@ def check_length(checkpoint: Checkpoint, train: TrainConfig, rows_per_epoch: int
 
     Raises: RequestError when they would have had other learning rates or rows.
     """
-    old_length = {key.removeprefix("train."): checkpoint.settings[key] for key in LENGTH}
-    if old_length == {"steps": train.steps, "epochs": train.epochs}:
+    before = as_begun(checkpoint, train)
+    if (before.steps, before.epochs) == (train.steps, train.epochs):
         return
-    before = TrainConfig(**{**vars(train), **old_length})
     step = checkpoint.step
     was, now = (_so_far(config, rows_per_epoch, step) for config in (before, train))
     name = "steps" if before.steps is not None and train.steps is not None else "epochs"
@@ -134,6 +133,11 @@ def check_length(checkpoint: Checkpoint, train: TrainConfig, rows_per_epoch: int
             f"{step} steps already done ({train.schedule} schedule, warm-up {train.warmup}); set it back, or choose "
             "another output"
         )
+
+
+def as_begun(checkpoint: Checkpoint, train: TrainConfig) -> TrainConfig:
+    """`train` with the length that the run of the checkpoint had."""
+    return TrainConfig(**{**vars(train), **{key.removeprefix("train."): checkpoint.settings[key] for key in LENGTH}})
 
 
 def _so_far(train: TrainConfig, rows_per_epoch: int, step: int) -> tuple[list[float], int] | None:

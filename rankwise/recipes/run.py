@@ -22,7 +22,7 @@ from rankwise.data.config import HUB_PREFIX, OFF, TEMPLATE_SUFFIX, DataConfig
 from rankwise.data.formats import FORMATS
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
-from rankwise.ranks.config import PLANNED, RanksConfig
+from rankwise.ranks.config import MOVING, PLANNED, RESIZING, RanksConfig
 from rankwise.train.config import AUTO, TrainConfig
 from rankwise.train.needs import NEEDS, remedy_for
 
@@ -68,6 +68,7 @@ class RunConfig:
             raise RequestError(f"tasks ({', '.join(self.tasks)}): not available yet; set it to {{}}, and use data:")
         self._check_adapter()
         self._check_ranks()
+        self._check_moving_ranks()
         self._check_evaluation()
         self._check_rows()
         if self.train.sharding != "none" and self.model.is_quantized:
@@ -115,6 +116,32 @@ class RunConfig:
             raise RequestError(
                 f"adapter.rank_pattern has no effect with ranks.policy: {self.ranks.policy}, which gives every layer "
                 "its rank; leave it out, or put it into ranks.plan of the policy layered"
+            )
+
+    def _check_moving_ranks(self) -> None:
+        """What ranks that move can't do without, or can't be beside."""
+        ranks, adapter = self.ranks, self.adapter
+        if ranks.policy in RESIZING and self.train.optimizer == "adamw-8bit":
+            raise RequestError(
+                "train.optimizer: adamw-8bit keeps its state in blocks that can't be cut or grown, which "
+                f"ranks.policy: {ranks.policy} does; use adamw"
+            )
+        if ranks.policy in MOVING and isinstance(adapter, StartFrom) and self.train.objective == "dpo":
+            raise RequestError(
+                f"ranks.policy: {ranks.policy} does not go with train.objective: dpo and adapter.from, whose factors "
+                "as they began are the reference; use fixed, or a new adapter"
+            )
+        if ranks.start is None:
+            return
+        if isinstance(adapter, StartFrom):
+            raise RequestError(
+                f"ranks.start ({ranks.start}) has no effect with adapter.from, whose layers have their ranks; leave it "
+                "out"
+            )
+        if adapter.rank_pattern:
+            raise RequestError(
+                f"ranks.start ({ranks.start}) and adapter.rank_pattern both say which rank layers begin with; leave "
+                "one out"
             )
 
     def _check_evaluation(self) -> None:

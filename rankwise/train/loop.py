@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,12 @@ class Progress:
     interval_s: float = 0.0
     interval_figures: dict[str, list[float]] = field(default_factory=dict)
     """Sum and count of each figure of the objective's meter, likewise."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Of all layers, where they have moved."""
+    alphas: dict[str, float] = field(default_factory=dict)
+    """Likewise: each follows from the one before, so that they can't be computed again to the last bit."""
+    importance: list[list[float]] = field(default_factory=list)
+    """What `ranks.policy: adaptive` remembers of each layer's components."""
     evaluations: Evaluations = field(default_factory=Evaluations)
     watch: LossWatch = field(default_factory=LossWatch)
     scale: LossScale = field(default_factory=LossScale)
@@ -76,7 +83,7 @@ class Step:
     num_tokens: int
     num_trained_tokens: int
     seconds: float
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     is_skipped: bool = False
     """Whether its gradients overflowed fp16 (`grad_norm` is not finite then), and nothing was updated."""
 
