@@ -112,6 +112,15 @@ def copy_into(source: str | os.PathLike[str], target: str | os.PathLike[str]) ->
             shutil.copyfile(file, place)
 
 
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Removes from `folder` what processes that were killed have left half-written there. Nobody may be writing."""
+    for leftover in [*Path(folder).glob(".*.tmp"), *Path(folder).glob(".*.old")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rankwise import files
 from rankwise.errors import WriteError
 from rankwise.files import obstacle, replacing, replacing_folder, write_text
 
@@ -41,3 +42,38 @@ def test_obstacles(tmp_path: Path) -> None:
 def test_a_folder_without_the_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
     assert obstacle(tmp_path / "a") == f"'{tmp_path}' can't be written to"
+
+
+def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path):
+    (tmp_path / ".a.json.x1.tmp").write_text("half")
+    (tmp_path / ".step-3.x2.old" / "folder").mkdir(parents=True)
+    (tmp_path / ".lock").touch()
+    (tmp_path / "b.tmp").write_text("whole")
+    files.sweep(tmp_path)
+    files.sweep(tmp_path / "missing")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "b.tmp"]
+
+
+def test_a_folder_is_copied_whole_and_other_files_stay(tmp_path, monkeypatch):
+    (tmp_path / "from").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "from" / name).write_text(name)
+    files.copy_into(tmp_path / "from", tmp_path / "new")
+    assert {path.name: path.read_text() for path in (tmp_path / "new").iterdir()} == {"a": "a", "b": "b"}
+    (tmp_path / "old").mkdir()
+    for name in ("a", "mine"):
+        (tmp_path / "old" / name).write_text("old")
+    copied = []
+
+    def full(source, target):
+        if copied:
+            raise OSError(28, "No space left on device")
+        copied.append(source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "copyfile", full)
+        with pytest.raises(WriteError, match="No space left"):
+            files.copy_into(tmp_path / "from", tmp_path / "old")
+    assert {path.name: path.read_text() for path in (tmp_path / "old").iterdir()} == {"a": "old", "mine": "old"}
+    files.copy_into(tmp_path / "from", tmp_path / "old")
+    assert {path.name: path.read_text() for path in (tmp_path / "old").iterdir()} == {"a": "a", "b": "b", "mine": "old"}

@@ -6,6 +6,7 @@ metrics.jsonl       one line for each logged step
 samples.jsonl       answers generated while training
 summary.json        the run in a few figures
 provenance.json     versions, commit, hashes of data, base and adapter
+loggers/            what the loggers of `train.loggers` write
 checkpoints/step-N/ what `--resume` goes on from
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rankwise.errors import RequestError
-from rankwise.files import obstacle, write_json, write_text
+from rankwise.files import obstacle, sweep, write_json, write_text
 from rankwise.train.log import JsonLines
 from rankwise.train.state import ADAPTER, CHECKPOINTS
 
@@ -38,6 +39,7 @@ class RunFolder:
         self.path = path
         self.adapter = path / ADAPTER
         self.checkpoints = path / CHECKPOINTS
+        self.loggers = path / "loggers"
         self.metrics = JsonLines(path / "metrics.jsonl")
         self.samples = JsonLines(path / "samples.jsonl")
         self.run_file = path / RUN_FILE
@@ -112,6 +114,8 @@ class RunFolder:
 
     def begin(self, step: int, run_yaml: str) -> None:
         """Makes the folder's files those of a run that stands at `step`: what a lost part of it wrote is dropped."""
+        for folder in (self.path, self.adapter, self.checkpoints):
+            sweep(folder)
         if self.metrics.path.exists() or step:
             self.metrics.drop_after(step)
         if self.samples.path.exists():
