@@ -24,11 +24,12 @@ from rankwise.recipes.moving_ranks import BeforeSteps
 from rankwise.recipes.output import RunFolder
 from rankwise.recipes.provenance import adapter_hashes
 from rankwise.recipes.resume import usable_checkpoint
-from rankwise.recipes.run import RunConfig, read_run, run_yaml
+from rankwise.recipes.run import RunConfig, flat_settings, read_run, run_yaml
 from rankwise.say import Say, silent, to_stderr
 from rankwise.train.batches import InStep
 from rankwise.train.interrupt import Interrupted, StopRequest
-from rankwise.train.log import ProgressBar, peak_memory_bytes
+from rankwise.train.log import Loggers, ProgressBar, peak_memory_bytes
+from rankwise.train.loggers import LoggedRun, check_installed
 from rankwise.train.loop import Step, fit
 from rankwise.train.objectives import minimised
 from rankwise.train.state import Checkpoint, checkpoint_folders
@@ -61,6 +62,7 @@ def train(
     with distributed.joined(), contextlib.ExitStack() as held:
         quiet = quiet or not distributed.is_first()
         say = silent if quiet else to_stderr
+        distributed.from_first(lambda: check_installed(config.train.loggers))
         is_restart = distributed.any_process(distributed.is_restart())  # each machine counts its own
         is_there, checkpoint = distributed.from_first(lambda: _find(folder, resume, is_restart, held, say))
         job = prepare(config, checkpoint, say)
@@ -97,11 +99,15 @@ def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | No
     go_on = f"rankwise train {shlex.quote(str(folder.run_file))} --resume"
     if distributed.world_size() > 1:
         go_on = f"the same torchrun, and -m {go_on}"
-    with StopRequest() as stop, ProgressBar(job.plan.num_steps, job.progress.step, shown=not quiet) as bar:
+    with (
+        StopRequest() as stop,
+        ProgressBar(job.plan.num_steps, job.progress.step, shown=not quiet) as bar,
+        _loggers(job, folder, bar.say) as loggers,
+    ):
         hooks = [
             *moving_hooks(job, bar.say),
             evaluation_hook(job, folder, bar.say),
-            logging_hook(job, folder, bar),
+            logging_hook(job, folder, bar, loggers),
             *([on_step] if on_step is not None else []),
             saving_hook(job, folder, stop, go_on),
         ]
@@ -119,6 +125,13 @@ def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | No
             raise WorkError(f"{error}; {_last_saved(folder)}, go on with: {go_on}") from error
         except WorkError as error:
             raise WorkError(f"{error}; {_way_back(folder)}") from error
+
+
+def _loggers(job: Job, folder: RunFolder, say: Say) -> Loggers:
+    """Those that `train.loggers` names; none on all processes but the first."""
+    settings = flat_settings(job.run)
+    described = LoggedRun(folder.path.name, folder.loggers, settings, job.progress.step)
+    return Loggers(job.run.train.loggers if distributed.is_first() else [], described, say)
 
 
 def _finish(job: Job, folder: RunFolder, say: Say) -> dict[str, Any]:

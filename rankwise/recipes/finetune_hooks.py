@@ -13,7 +13,7 @@ from rankwise.recipes.output import RunFolder
 from rankwise.say import Say
 from rankwise.train.config import Every
 from rankwise.train.interrupt import Interrupted, StopRequest
-from rankwise.train.log import ProgressBar, peak_memory_bytes
+from rankwise.train.log import Loggers, ProgressBar, peak_memory_bytes
 from rankwise.train.loop import Hook, Step
 from rankwise.train.objective import means
 from rankwise.train.rng import untouched
@@ -101,7 +101,7 @@ def _generate_samples(job: Job, folder: RunFolder, step: int) -> None:
         )
 
 
-def logging_hook(job: Job, folder: RunFolder, bar: ProgressBar) -> Hook:
+def logging_hook(job: Job, folder: RunFolder, bar: ProgressBar, loggers: Loggers) -> Hook:
     """Moves the bar at each step; writes a line of metrics when one is due, after an evaluation, and at the end.
 
     `loss` and `tokens_per_s` are means since the line before, by tokens; `lr` and `grad_norm` are of the step itself.
@@ -134,6 +134,7 @@ def logging_hook(job: Job, folder: RunFolder, bar: ProgressBar) -> Hook:
         }
         if distributed.is_first():
             folder.metrics.append(line)
+            loggers.log(line)
         progress.interval_loss, progress.interval_s = 0.0, 0.0
         progress.interval_trained = progress.interval_tokens = 0
         progress.interval_figures = {}

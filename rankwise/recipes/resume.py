@@ -12,7 +12,7 @@ from rankwise.data.config import BY_HASH, ERROR, LINE
 from rankwise.errors import RequestError
 from rankwise.recipes.output import RunFolder
 from rankwise.recipes.provenance import joined_hash
-from rankwise.recipes.run import RunConfig, run_document
+from rankwise.recipes.run import RunConfig, flat_settings
 from rankwise.say import Say
 from rankwise.train.config import AUTO, TrainConfig
 from rankwise.train.optim import learning_rate
@@ -22,8 +22,8 @@ from rankwise.train.state import Checkpoint, drop_newer, find_checkpoint
 FREE = (
     "output", "model.trust_remote_code", "data.test", "train.log_every", "train.evaluate_every",
     "train.save_every", "train.keep_checkpoints", "train.keep_best", "train.early_stopping",
-    "train.early_stopping_min_delta", "train.samples", "train.sample_tokens", "train.share_optimizer_from",
-    "data.workers", "data.cache",
+    "train.early_stopping_min_delta", "train.loggers", "train.samples", "train.sample_tokens",
+    "train.share_optimizer_from", "data.workers", "data.cache",
 )  # fmt: skip
 """Settings that change nothing in what is learned."""
 
@@ -49,12 +49,7 @@ LENGTH = ("train.steps", "train.epochs")
 
 def training_settings(run: RunConfig, data: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     """The settings that decide what is learned, flat (`train.lr`); data files by their contents, not their names."""
-    settings: dict[str, Any] = {}
-    for section, values in run_document(run).items():
-        for name, value in (values if isinstance(values, dict) else {"": values}).items():
-            key = f"{section}.{name}".rstrip(".")
-            if key not in FREE:
-                settings[key] = value
+    settings = {name: value for name, value in flat_settings(run).items() if name not in FREE}
     settings[PROCESSES] = distributed.world_size()
     settings["data.sources"] = [
         {"weight": one.weight, "epochs": one.epochs, "format": one.format, "columns": one.columns}

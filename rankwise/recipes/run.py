@@ -272,6 +272,13 @@ def run_document(run: RunConfig) -> dict[str, Any]:
     }
 
 
+def flat_settings(run: RunConfig) -> dict[str, Any]:
+    """The settings of the run by their names on the command line: `train.lr`."""
+    document = run_document(run)
+    sections = {name: values if isinstance(values, dict) else {"": values} for name, values in document.items()}
+    return {f"{name}.{key}".rstrip("."): value for name, values in sections.items() for key, value in values.items()}
+
+
 def run_yaml(run: RunConfig) -> str:
     """The run as the text of a run file."""
     return yaml.safe_dump(run_document(run), sort_keys=False, allow_unicode=True)

@@ -8,11 +8,12 @@ row is seen exactly that often.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rankwise.errors import RequestError, counted, did_you_mean
 from rankwise.models.labels import POOLINGS
 from rankwise.train.every import AUTO, Every
+from rankwise.train.loggers import LOGGERS
 from rankwise.train.needs import NEEDS, Needs
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -72,6 +73,7 @@ class TrainConfig:
         early_stopping_min_delta: by how much lower it must be to count; not given: 0, any lower loss counts.
         samples: answers generated at each evaluation, into samples.jsonl; not given: 3 where there is an evaluation.
         sample_tokens: the most tokens of each such answer; not given: 64.
+        loggers: where else the figures of metrics.jsonl go: `tensorboard`, `wandb`, `mlflow`, `trackio`.
         pooling: of `embedding`: how the vectors of a text's tokens become one: `mean`, `cls` (the first token's) or
             `last`; not given: mean. The result is scaled to length 1.
         temperature: of `embedding`: similarities (cosines) are divided by it; not given: 0.05.
@@ -111,6 +113,7 @@ class TrainConfig:
     early_stopping_min_delta: float | None = None
     samples: int | None = None
     sample_tokens: int | None = None
+    loggers: list[str] = field(default_factory=list)
     pooling: str | None = None
     temperature: float | None = None
 
@@ -136,6 +139,11 @@ class TrainConfig:
             if value not in known:
                 raise RequestError(f"train.{name} can't be '{value}'{did_you_mean(value, known)}")
 
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise RequestError(f"train.loggers can't have '{name}'{did_you_mean(name, LOGGERS)}")
+            if self.loggers.count(name) > 1:
+                raise RequestError(f"train.loggers names {name} twice; once is enough")
         if isinstance(self.fused_mlp, str) and self.fused_mlp != AUTO:
             raise RequestError(f"train.fused_mlp must be true, false or auto, not {self.fused_mlp!r}")
 

@@ -1,13 +1,15 @@
-"""What a run says while it runs: metrics.jsonl, and a progress bar on stderr."""
+"""What a run says while it runs: metrics.jsonl, the loggers that were asked for, and a progress bar on stderr."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rankwise.errors import WriteError
 from rankwise.files import write_text
+from rankwise.say import Say
+from rankwise.train.loggers import LOGGERS, LoggedRun, Logger
+from rankwise.train.rng import rng_state, set_rng_state
 
 PLAIN_LINE_S = 10.0
 """Where stderr is not a terminal, a line at most so often."""
@@ -53,6 +58,67 @@ class JsonLines:
         """Leaves only lines whose `step` is at most `step`: a resumed run writes the later ones again."""
         kept = [line for line in self.read() if line["step"] <= step]
         write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+
+class Loggers:
+    """The loggers of a run. One that fails, at its start or later, is dropped with one warning: no run stops for it.
+
+    Loggers may draw random numbers and print; training and stdout do not notice.
+
+    Args:
+        names: keys of `LOGGERS`; none on all processes but the first.
+        run: of a logger called NAME, what it is told, its folder being that of all loggers.
+        say: takes the warnings.
+    """
+
+    def __init__(self, names: Iterable[str], run: LoggedRun, say: Say) -> None:
+        self._say = say
+        self._open: dict[str, Logger] = {}
+        for name in names:
+            self._call(name, lambda name=name: self._start(name, run))
+
+    def _start(self, name: str, run: LoggedRun) -> None:
+        folder = run.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        self._open[name] = LOGGERS[name].open(replace(run, folder=folder))
+
+    def __enter__(self) -> Loggers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, logger in list(self._open.items()):
+            self._call(name, logger.close)
+        self._open = {}
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Gives a line of metrics.jsonl to each: what is a number in it, `a: {b: 1}` as `a/b`."""
+        figures = dict(_numbers(line))
+        step = int(figures.pop("step"))
+        for name, logger in list(self._open.items()):
+            self._call(name, lambda logger=logger: logger.log(step, figures))
+
+    def _call(self, name: str, work: Callable[[], None]) -> None:
+        cpu = torch.device("cpu")
+        state = rng_state(cpu)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                work()
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever it is, the run goes on)
+            reason = " ".join(str(error).split())[:300] or "no reason given"
+            self._open.pop(name, None)
+            self._say(f"warning: the logger {name} failed and is dropped ({type(error).__name__}: {reason})")
+        finally:
+            set_rng_state(state, cpu)
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}{name}", value
 
 
 def peak_memory_bytes(device: torch.device) -> int:
