@@ -51,6 +51,7 @@ COMMANDS: dict[str, Command] = {
     "convert-rank": Command("rankwise.cli.convert_rank", "an adapter compressed to lower ranks, with its error"),
     "generate": Command("rankwise.cli.generate", "answers to prompts"),
     "chat": Command("rankwise.cli.chat", "a conversation in the terminal"),
+    "runs": Command("rankwise.cli.runs", "the runs below a folder: status, steps, losses"),
     "inspect": Command("rankwise.cli.inspect", "ranks, sizes and norms of an adapter folder"),
 }
 

@@ -15,12 +15,13 @@ from typing import Any
 
 from rankwise import distributed
 from rankwise.attach.inject import adapter_parameters
-from rankwise.errors import RequestError, WorkError, WriteError
+from rankwise.errors import RankwiseError, RequestError, WorkError, WriteError
 from rankwise.models.sharding import is_sharded
 from rankwise.recipes.best import check_best, write_adapter
 from rankwise.recipes.finetune_hooks import evaluation_hook, logging_hook, moving_hooks, saving_hook
 from rankwise.recipes.finetune_job import Job, prepare
 from rankwise.recipes.moving_ranks import BeforeSteps
+from rankwise.recipes.names import FAILED, FINISHED, RUNNING, STOPPED
 from rankwise.recipes.output import RunFolder
 from rankwise.recipes.provenance import adapter_hashes
 from rankwise.recipes.resume import usable_checkpoint
@@ -69,7 +70,11 @@ def train(
         if not is_there:
             distributed.from_first(lambda: _make(folder, held))
         check_best(job, folder, say)
-        return _carry_out(job, folder, on_step, quiet)
+        try:
+            return _carry_out(job, folder, on_step, quiet)
+        except RankwiseError as error:
+            _note_end(job, folder, error)
+            raise
 
 
 def _find(
@@ -143,12 +148,22 @@ def _write_result(job: Job, folder: RunFolder, say: Say) -> dict[str, Any]:
     adapter_step = write_adapter(job, folder, say)
     folder.write_provenance({**job.provenance, "adapter": adapter_hashes(folder.adapter)})
     summary = _summary(job, folder, adapter_step)
+    folder.write_status(FINISHED, job.plan.num_steps)
     folder.write_summary(summary)
     return summary
 
 
+def _note_end(job: Job, folder: RunFolder, error: RankwiseError) -> None:
+    """Writes down, for `rankwise runs`, that the run did not come to its end."""
+    if distributed.is_first():
+        status = STOPPED if isinstance(error, Interrupted) else FAILED
+        with contextlib.suppress(WriteError):  # the disk may be what failed; the error itself is said anyhow
+            folder.write_status(status, job.plan.num_steps, error.message)
+
+
 def _begin(job: Job, folder: RunFolder) -> None:
     folder.begin(job.progress.step, run_yaml(job.run))
+    folder.write_status(RUNNING, job.plan.num_steps)
     folder.write_provenance(job.provenance)
 
 

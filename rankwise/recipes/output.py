@@ -5,6 +5,7 @@ run.yaml            the run as it was resolved, enough to repeat it
 metrics.jsonl       one line for each logged step
 samples.jsonl       answers generated while training
 summary.json        the run in a few figures
+status.json         how the run stands: running, finished, stopped, failed
 provenance.json     versions, commit, hashes of data, base and adapter
 loggers/            what the loggers of `train.loggers` write
 checkpoints/step-N/ what `--resume` goes on from
@@ -20,12 +21,20 @@ from filelock import FileLock, Timeout
 
 from rankwise.errors import RequestError
 from rankwise.files import obstacle, sweep, write_json, write_text
+from rankwise.recipes.names import (
+    JOB_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    PROVENANCE_FILE,
+    RUN_FILE,
+    STATUS_FILE,
+    SUMMARY_FILE,
+)
 from rankwise.train.log import JsonLines
 from rankwise.train.state import ADAPTER, CHECKPOINTS
 
-RUN_FILE = "run.yaml"
-LOCK_FILE = ".lock"
-JOB_FILE = ".job"
+LOCK_WAIT_S = 0.2
+"""`rankwise runs` looks at a lock for a moment; a run holds it for longer."""
 
 
 class RunFolder:
@@ -40,10 +49,10 @@ class RunFolder:
         self.adapter = path / ADAPTER
         self.checkpoints = path / CHECKPOINTS
         self.loggers = path / "loggers"
-        self.metrics = JsonLines(path / "metrics.jsonl")
+        self.metrics = JsonLines(path / METRICS_FILE)
         self.samples = JsonLines(path / "samples.jsonl")
         self.run_file = path / RUN_FILE
-        self.summary = path / "summary.json"
+        self.summary = path / SUMMARY_FILE
 
     def check(self, resume: bool) -> bool:
         """Whether the folder is there already: asked once, for another run may make it at any moment.
@@ -100,7 +109,7 @@ class RunFolder:
         """Holds the folder for this process. Raises: RequestError when a live run holds it."""
         lock = FileLock(self.path / LOCK_FILE)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=LOCK_WAIT_S)
         except Timeout:
             raise RequestError(
                 f"output '{self.path}' is in use by a run that is still going; wait for it, or choose another output"
@@ -126,6 +135,10 @@ class RunFolder:
         """Writes summary.json."""
         write_json(self.summary, summary)
 
+    def write_status(self, status: str, num_steps: int, message: str | None = None) -> None:
+        """Writes status.json: how the run stands, of how many steps, and what went wrong."""
+        write_json(self.path / STATUS_FILE, {"status": status, "num_steps": num_steps, "message": message})
+
     def write_provenance(self, provenance: dict[str, object]) -> None:
         """Writes provenance.json."""
-        write_json(self.path / "provenance.json", provenance)
+        write_json(self.path / PROVENANCE_FILE, provenance)

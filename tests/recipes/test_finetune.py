@@ -38,7 +38,7 @@ def test_the_output_folder(files: Path, tmp_path: Path, capsys: pytest.CaptureFi
     output = tmp_path / "out"
     assert {path.name for path in output.iterdir()} == {
         "adapter", "run.yaml", "metrics.jsonl", "summary.json", "checkpoints", "provenance.json", "samples.jsonl",
-        ".lock",
+        "status.json", ".lock",
     }  # fmt: skip
     assert set(summary) == SUMMARY and json.loads((output / "summary.json").read_text()) == summary
     assert summary["output"] == str(output) and summary["steps"] == 12 and summary["resumed_from"] is None
