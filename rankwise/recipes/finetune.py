@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rankwise import distributed
+from rankwise.attach.checkpoint import save_adapter
 from rankwise.attach.inject import adapter_parameters
 from rankwise.errors import RankwiseError, RequestError, WorkError, WriteError
 from rankwise.models.sharding import is_sharded
@@ -33,7 +35,7 @@ from rankwise.train.log import Loggers, ProgressBar, peak_memory_bytes
 from rankwise.train.loggers import LoggedRun, check_installed
 from rankwise.train.loop import Step, fit
 from rankwise.train.objectives import minimised
-from rankwise.train.state import Checkpoint, checkpoint_folders
+from rankwise.train.state import ADAPTER, Checkpoint, checkpoint_folders
 
 
 def train(
@@ -127,7 +129,7 @@ def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | No
         except distributed.LostProcess as error:
             raise distributed.LostProcess(f"{error}; {_last_saved(folder)}, go on with: {go_on}") from error
         except WriteError as error:
-            raise WorkError(f"{error}; {_last_saved(folder)}, go on with: {go_on}") from error
+            raise WorkError(f"{error}; {_kept(job, folder)}, go on with: {go_on}") from error
         except WorkError as error:
             raise WorkError(f"{error}; {_way_back(folder)}") from error
 
@@ -165,6 +167,21 @@ def _begin(job: Job, folder: RunFolder) -> None:
     folder.begin(job.progress.step, run_yaml(job.run))
     folder.write_status(RUNNING, job.plan.num_steps)
     folder.write_provenance(job.provenance)
+
+
+def _kept(job: Job, folder: RunFolder) -> str:
+    """What is left of a run that could not write; without a checkpoint its adapter is saved where there may be room."""
+    if checkpoint_folders(folder.path) or not distributed.is_first():
+        return _last_saved(folder)
+    step = job.progress.step
+    if step == job.plan.num_steps and folder.adapter.exists():
+        return f"the adapter is whole in '{folder.adapter}'"
+    try:
+        rescued = Path(tempfile.mkdtemp(prefix="rankwise-")) / ADAPTER
+        save_adapter(job.model, rescued)
+    except (OSError, WorkError):
+        return _last_saved(folder)
+    return f"there was no checkpoint yet; the adapter as it was after step {step} is in '{rescued}'"
 
 
 def _last_saved(folder: RunFolder) -> str:

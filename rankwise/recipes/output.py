@@ -69,9 +69,9 @@ class RunFolder:
             raise RequestError(
                 f"output '{self.path}' exists; choose another output, or go on with what is there by --resume"
             )
-        # a run that was stopped before it wrote its run file leaves these alone
-        entries = [entry.name for entry in self.path.iterdir() if entry.name not in (LOCK_FILE, JOB_FILE)]
-        if entries and RUN_FILE not in entries:
+        # a run that was stopped before its run file was written leaves these alone, and half-written ones
+        names = {entry.name for entry in self.path.iterdir()} - {LOCK_FILE, JOB_FILE, STATUS_FILE}
+        if RUN_FILE not in names and not all(name.startswith(".") and name.endswith(".tmp") for name in names):
             raise RequestError(f"output '{self.path}' has no {RUN_FILE}: it is not a run's folder; choose another")
         return True
 

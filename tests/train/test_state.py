@@ -145,6 +145,49 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_is_used(tmp_path: Path
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-2", "step-4"]
 
 
+FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", STATE, RECORD)
+
+HARMS = {
+    "empty": lambda data, draw: b"",
+    "cut off": lambda data, draw: data[: draw.randrange(1, len(data))],
+    "a bit flipped": lambda data, draw: _flipped(data, draw.randrange(len(data) * 8)),
+    "longer": lambda data, draw: data + b"\0",
+    "noise": lambda data, draw: draw.randbytes(len(data)),
+}
+
+
+def _flipped(data: bytes, bit: int) -> bytes:
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_harm_to_any_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, steps=(2, 4))
+    newest = checkpoint_folders(tmp_path)[-1]
+    draw = random.Random(0)
+    assert {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()} == set(FILES)
+    for name in FILES:
+        whole = (newest / name).read_bytes()
+        for harm, change in HARMS.items():
+            for _ in range(5):
+                (newest / name).write_bytes(change(whole, draw))
+                assert (found := damage(newest)) is not None and name in found, f"{name}: {harm}"
+                checkpoint, problems = find_checkpoint(tmp_path)
+                assert checkpoint is not None and checkpoint.step == 2 and len(problems) == 1
+        (newest / name).write_bytes(whole)
+        assert damage(newest) is None
+    read = Path.read_text
+
+    def unreadable(path: Path, *more: str, **given: str) -> str:
+        if path == newest / RECORD:
+            raise OSError(5, "Input/output error")
+        return read(path, *more, **given)
+
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    assert damage(newest) == f"{RECORD} can't be read: Input/output error"
+
+
 def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path) == (None, [])
     save(tmp_path, steps=(2, 4))
