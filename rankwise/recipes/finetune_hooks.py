@@ -131,6 +131,7 @@ def logging_hook(job: Job, folder: RunFolder, bar: ProgressBar, loggers: Loggers
             **means(progress.interval_figures),
             **progress.scale.figures(),
             **step.metrics,
+            **({"statistics": step.statistics} if step.statistics else {}),
         }
         if distributed.is_first():
             folder.metrics.append(line)

@@ -57,6 +57,7 @@ from rankwise.train.rng import process_seed, seed_everything, untouched
 from rankwise.train.scale import LossScale
 from rankwise.train.shares import share_state
 from rankwise.train.state import Checkpoint, restore
+from rankwise.train.statistics import norms
 
 
 @dataclass
@@ -120,6 +121,8 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     model = _model_in_step(run, precision, data, device, say)
     order = RowOrder(data.shares, run.train.batch_size, run.train.num_rows(num_rows), run.train.seed)
     goes_on = isinstance(run.adapter, StartFrom) and run.train.objective == "dpo"
+    if run.train.statistics:
+        plan = dataclasses.replace(plan, measure=lambda: norms(adapter_parameters(model)))
     objective = objective_of(run.train, StartingAdapter(model).in_place if goes_on else disabled)
     packing = run.data.packing is True
     batches = MicroBatches(objective, data.train.examples, order, run.train.micro_rows, data.pad_id, packing, device)

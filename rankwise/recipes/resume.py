@@ -22,7 +22,7 @@ from rankwise.train.state import Checkpoint, drop_newer, find_checkpoint
 FREE = (
     "output", "model.trust_remote_code", "data.test", "train.log_every", "train.evaluate_every",
     "train.save_every", "train.keep_checkpoints", "train.keep_best", "train.early_stopping",
-    "train.early_stopping_min_delta", "train.loggers", "train.samples", "train.sample_tokens",
+    "train.early_stopping_min_delta", "train.loggers", "train.statistics", "train.samples", "train.sample_tokens",
     "train.share_optimizer_from", "data.workers", "data.cache",
 )  # fmt: skip
 """Settings that change nothing in what is learned."""

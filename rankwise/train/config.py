@@ -73,6 +73,7 @@ class TrainConfig:
         early_stopping_min_delta: by how much lower it must be to count; not given: 0, any lower loss counts.
         samples: answers generated at each evaluation, into samples.jsonl; not given: 3 where there is an evaluation.
         sample_tokens: the most tokens of each such answer; not given: 64.
+        statistics: norms of gradients and weights go with each line of metrics, by part of the adapter.
         loggers: where else the figures of metrics.jsonl go: `tensorboard`, `wandb`, `mlflow`, `trackio`.
         pooling: of `embedding`: how the vectors of a text's tokens become one: `mean`, `cls` (the first token's) or
             `last`; not given: mean. The result is scaled to length 1.
@@ -113,6 +114,7 @@ class TrainConfig:
     early_stopping_min_delta: float | None = None
     samples: int | None = None
     sample_tokens: int | None = None
+    statistics: bool = False
     loggers: list[str] = field(default_factory=list)
     pooling: str | None = None
     temperature: float | None = None

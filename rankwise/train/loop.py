@@ -25,6 +25,7 @@ from rankwise.train.objective import Filler, MicroBatch, Objective, total_weight
 from rankwise.train.optim import trained_parameters
 from rankwise.train.optimizers import set_learning_rate
 from rankwise.train.scale import LossScale
+from rankwise.train.statistics import Measure, Norms
 from rankwise.train.watch import LossWatch
 
 
@@ -39,6 +40,8 @@ class LoopPlan:
     learning_rate: Callable[[int], float]
     max_grad_norm: float | None = None
     patience: int | None = None
+    measure: Measure | None = None
+    """What is measured of each step's gradients, before they are clipped; None: nothing."""
 
 
 @dataclass
@@ -87,6 +90,8 @@ class Step:
     is_skipped: bool = False
     """Whether its gradients overflowed fp16 (`grad_norm` is not finite then), and nothing was updated."""
 
+    statistics: Norms = field(default_factory=dict)
+    """What `LoopPlan.measure` gave; nothing for a step that was skipped."""
     stops_early: bool = False
     """Whether its evaluation was one too many without a lower loss."""
 
@@ -145,6 +150,7 @@ def take_step(
     scale = progress.scale
     loss, num_trained, num_tokens = accumulate(model, optimizer, micro_batches, objective, number, scale.factor)
     scale.unscale(trained_parameters(optimizer))
+    statistics = plan.measure() if plan.measure is not None else {}
     grad_norm = clip_gradients(trained_parameters(optimizer), plan.max_grad_norm)
     is_finite = math.isfinite(grad_norm)
     if not math.isfinite(loss) or not (is_finite or scale.is_dynamic):
@@ -172,7 +178,8 @@ def take_step(
     progress.interval_s += seconds
     objective.meter.pour(progress.interval_figures)
     return Step(
-        number, plan.num_steps, loss, lr, grad_norm, num_tokens, num_trained, seconds, is_skipped=not is_finite
+        number, plan.num_steps, loss, lr, grad_norm, num_tokens, num_trained, seconds, is_skipped=not is_finite,
+        statistics=statistics if is_finite else {},
     )  # fmt: skip
 
 

@@ -115,6 +115,20 @@ def test_it_is_given_the_lines_of_metrics(
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(plain)
 
 
+def test_statistics_go_to_loggers_and_change_nothing(
+    files: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = installed(monkeypatch, "wandb")
+    train(run_of(files, tmp_path / "out", "wandb", statistics=True), quiet=True)
+    lines = metrics(tmp_path / "out")
+    for line, (_, figures) in zip(lines, opened[0].lines, strict=True):
+        assert figures["statistics/grad_norm/A"] == line["statistics"]["grad_norm"]["A"]
+        assert {"A", "B", "q_proj", "layer 1"} <= set(line["statistics"]["weight_norm"])
+    without = [{key: value for key, value in line.items() if key != "statistics"} for line in lines]
+    assert unmeasured(without) == unmeasured(metrics(plain))
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(plain)
+
+
 def _log_here(run: dict[str, Any]) -> int:
     with pytest.MonkeyPatch.context() as patch:
         opened = installed(patch, "tensorboard")
