@@ -189,7 +189,7 @@ class Store:
         self.index = np.zeros(0, dtype=INDEX_DTYPE)
         if (folder / INDEX).stat().st_size:
             self.index = np.memmap(folder / INDEX, dtype=INDEX_DTYPE, mode="r")
-        self._files, self._instructions = tuple(files), dict(instructions)
+        self.files, self._instructions = tuple(files), dict(instructions)
         self._read_bytes = 0
         self._end = (folder / EXAMPLES).stat().st_size
         self._map: mmap.mmap | None = None
@@ -208,7 +208,7 @@ class Store:
         end = int(self.index[row + 1]["offset"]) if row + 1 < len(self.index) else self._end
         record = self._map[start:end]
         self._release(end - start)
-        file = self._files[line["file"]]
+        file = self.files[line["file"]]
         return unpacked(record, self._instructions.get(file, ""), file, int(line["line"]))
 
     def _release(self, num_bytes: int) -> None:
@@ -249,6 +249,15 @@ class Examples(Sequence[Example]):
     def at(self, rows: np.ndarray) -> Examples:
         """Those of the given places."""
         return Examples(self.stores, rows if self.rows is None else self.rows[rows])
+
+    def by_file(self) -> dict[str, Examples]:
+        """The examples of each file that has some, by its name, in the order of files; nothing is read for it."""
+        names = [file for store in self.stores for file in store.files]
+        firsts = np.cumsum([0, *(len(store.files) for store in self.stores)])
+        pairs = zip(self.stores, firsts[:-1], strict=True)
+        numbers = np.concatenate([np.asarray(store.index["file"]) + first for store, first in pairs])
+        numbers = numbers if self.rows is None else numbers[self.rows]
+        return {names[number]: self.at(np.flatnonzero(numbers == number)) for number in np.unique(numbers)}
 
     def column(self, name: str) -> np.ndarray:
         """One figure of each example, from the index: `key`, `group`, `tokens`, `trained`, `longest` or `highest`."""

@@ -24,7 +24,10 @@ from rankwise.say import Say
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What is trained on. `sizes`, `quotas`: rows of each source, and how many of them an epoch of the mix draws."""
+    """What is trained on. `sizes`, `quotas`: rows of each source, and how many of them an epoch of the mix draws.
+
+    `held_sizes`: rows of each source that are held out; they lie in this order.
+    """
 
     train: Loaded
     held_out: Loaded | None
@@ -32,6 +35,7 @@ class TrainingSet:
     names: tuple[str, ...]
     sizes: tuple[int, ...]
     quotas: tuple[int, ...]
+    held_sizes: tuple[int, ...] = ()
 
     def per_epoch(self, name: str) -> int:
         """The sum of a column of the examples' index over an epoch of the mix: on average, where it takes only some."""
@@ -99,7 +103,8 @@ def training_set(config: DataConfig, parts: Sequence[Loaded], hold_out: bool) ->
         config.mixing_temperature,
     )
     names = tuple(source.name for source in config.sources)
-    return TrainingSet(train, valid, names, sizes, tuple(drawn))
+    held_sizes = tuple(int(held[start:end].sum()) for start, end in pairwise(ends))
+    return TrainingSet(train, valid, names, sizes, tuple(drawn), held_sizes)
 
 
 def held_out(config: DataConfig, examples: Examples) -> np.ndarray:

@@ -75,13 +75,16 @@ class Likelihood:
     """`loss`: mean over all trained units (tokens, pairs, rows) of all examples, not a mean of means; weighted, where
     answers have weights.
 
-    `figures`: the means of what the objective measures besides.
+    `figures`: the means of what the objective measures besides; `weight` and `counts`: what the mean loss and each of
+    these were divided by.
     """
 
     loss: float
     num_units: int
     num_examples: int
     figures: Mapping[str, float] = field(default_factory=dict)
+    weight: float = 1.0
+    counts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -141,7 +144,24 @@ def measure_loss(
     if not math.isfinite(total):
         raise LossError(total)
     figures = {name: total / count for name, (total, count) in sums.items() if count}
-    return Likelihood(total / weight, num_units, len(order), figures)
+    counts = {name: count for name, (_, count) in sums.items() if count}
+    return Likelihood(total / weight, num_units, len(order), figures, weight, counts)
+
+
+def together(parts: Sequence[Likelihood]) -> Likelihood:
+    """The mean over all rows of several parts, which were measured one by one."""
+    weight = sum(part.weight for part in parts)
+    counts: dict[str, float] = {}
+    for part in parts:
+        for name, count in part.counts.items():
+            counts[name] = counts.get(name, 0.0) + count
+    figures = {
+        name: sum(part.figures.get(name, 0.0) * part.counts.get(name, 0.0) for part in parts) / count
+        for name, count in counts.items()
+    }
+    loss = sum(part.loss * part.weight for part in parts) / weight
+    units, examples = sum(part.num_units for part in parts), sum(part.num_examples for part in parts)
+    return Likelihood(loss, units, examples, figures, weight, counts)
 
 
 def _noted(batches: Iterable[Any], objective: Measured, weights: deque[Tensor | None]) -> Iterator[Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import PurePath
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,6 +16,7 @@ from rankwise.data.loader import accepted, check_any, load_split
 from rankwise.data.overlap import Overlap, overlap_in_short
 from rankwise.data.rows import BadRows, Problem
 from rankwise.data.splits import AUTO_LEAST_ROWS
+from rankwise.data.store import Examples
 from rankwise.data.templates import stop_token_ids
 from rankwise.data.training_set import TrainingSet, load_sources, training_set
 from rankwise.errors import RequestError, counted
@@ -25,6 +28,9 @@ from rankwise.recipes.run import RunConfig, StartFrom
 from rankwise.say import Say
 from rankwise.train.needs import NEEDS, remedy_for
 from rankwise.train.order import Share
+
+MOST_PARTS = 16
+"""The validation loss of each source or file is measured up to so many."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,22 @@ class RunData:
     def num_held_out(self) -> int:
         """Rows held out of the training files."""
         return len(self.training.held_out.examples) if self.training.held_out else 0
+
+    @property
+    def valid_parts(self) -> dict[str, Examples]:
+        """The validation rows of each of several sources or files, by its name; empty for one, and for too many."""
+        if self.valid is None:
+            return {}
+        if self.valid is self.training.held_out:
+            ends = accumulate(self.training.held_sizes, initial=0)
+            bounds = zip(self.training.names, pairwise(ends), strict=True)
+            parts = {name: self.valid.examples[start:end] for name, (start, end) in bounds if end > start}
+        else:
+            files = self.valid.examples.by_file()
+            stems = [PurePath(file).name.split(".")[0] for file in files]
+            names = stems if len(set(stems)) == len(stems) else list(files)
+            parts = dict(zip(names, files.values(), strict=True))
+        return parts if 1 < len(parts) <= MOST_PARTS else {}
 
     @property
     def pad_id(self) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from itertools import islice
 
 from rankwise import distributed
+from rankwise.data.store import Examples
 from rankwise.errors import WorkError, counted
 from rankwise.evaluate.generate import generate_answers
-from rankwise.evaluate.perplexity import LossError, measure_loss
+from rankwise.evaluate.perplexity import Likelihood, LossError, measure_loss, together
 from rankwise.recipes.finetune_job import Job
 from rankwise.recipes.output import RunFolder
 from rankwise.say import Say
@@ -56,9 +57,7 @@ def evaluation_hook(job: Job, folder: RunFolder, say: Say) -> Hook:
             return
         with untouched(model, model.device):
             try:
-                found = measure_loss(
-                    model, job.objective, data.valid.examples, data.pad_id, train.micro_rows, job.batches.packing
-                )
+                found, of_parts = _measured(job)
             except LossError as error:
                 raise WorkError(
                     f"step {step.number}: the validation loss is {error.loss}; lower train.lr ({train.lr:g}, "
@@ -66,6 +65,7 @@ def evaluation_hook(job: Job, folder: RunFolder, say: Say) -> Hook:
                 ) from error
             step.metrics["valid_loss"] = found.loss
             step.metrics |= {f"valid_{name}": value for name, value in found.figures.items()}
+            step.metrics |= {f"valid_loss/{name}": loss for name, loss in of_parts.items()}
             if progress.best_valid_loss is None or found.loss < progress.best_valid_loss:
                 progress.best_valid_loss = found.loss
             say(f"step {step.number}: validation loss {found.loss:.4f} (best {progress.best_valid_loss:.4f})")
@@ -82,6 +82,23 @@ def evaluation_hook(job: Job, folder: RunFolder, say: Say) -> Hook:
             _generate_samples(job, folder, step.number)
 
     return evaluate
+
+
+def _measured(job: Job) -> tuple[Likelihood, dict[str, float]]:
+    """The loss on all validation rows, and that of each source or file where there are several."""
+    data = job.data
+    assert data.valid is not None
+
+    def measure(examples: Examples) -> Likelihood:
+        return measure_loss(
+            job.model, job.objective, examples, data.pad_id, job.run.train.micro_rows, job.batches.packing
+        )  # fmt: skip
+
+    parts = data.valid_parts
+    if not parts or job.objective.step_losses is not None:  # there a row's loss depends on all others
+        return measure(data.valid.examples), {}
+    found = {name: measure(examples) for name, examples in parts.items()}
+    return together(list(found.values())), {name: one.loss for name, one in found.items()}
 
 
 def _generate_samples(job: Job, folder: RunFolder, step: int) -> None:
