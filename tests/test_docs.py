@@ -231,12 +231,12 @@ def test_formats_and_templates():
 
 
 def test_starts_and_layers():
-    from rankwise.adapters.config import STARTS
+    from rankwise.adapters.config import DATA_STARTS, STARTS
     from rankwise.adapters.layers import LAYER_KINDS
 
     found = sections((DOCS / "adapters.md").read_text(encoding="utf-8"))
     named = {name for row in table_rows(found["Starts"], 2) for name in re.findall(r"`(\w+)`", row[0])}
-    assert named == {"true", "false", "pissa_niter_N", *STARTS}
+    assert named == {"true", "false", "pissa_niter_N", *STARTS, *DATA_STARTS}
     table = "".join(row[0] for row in table_rows(found["Kinds of layers"], 2))
     assert all(cls.__name__ in table for cls in LAYER_KINDS)
 

@@ -11,7 +11,9 @@ from rankwise.errors import RequestError, did_you_mean
 
 ALL_LINEAR = "all-linear"
 STARTS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
-"""Names that `init_lora_weights` takes besides true (kaiming), false (random B) and `pissa_niter_N`."""
+DATA_STARTS = ("eva", "lora_ga")
+"""Starts from what data say about a layer: a run measures it, see `rankwise.ranks.spectrum`."""
+"""Names that `init_lora_weights` takes besides true (kaiming), false (random B), `pissa_niter_N` and DATA_STARTS."""
 BIASES = ("none", "all", "lora_only")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -84,8 +86,9 @@ class LoraConfig:
                 "names, or put the numbers into the expression"
             )
         start = start_name(self.init_lora_weights)
-        if self.init_scale != 1.0 and start in {"pissa", "olora"}:
-            raise RequestError(f"init_scale has no effect with init_lora_weights={start!r}, whose A is the base's own")
+        if self.init_scale != 1.0 and start in {"pissa", "olora", *DATA_STARTS}:
+            whose = "the data's" if start in DATA_STARTS else "the base's own"
+            raise RequestError(f"init_scale has no effect with init_lora_weights={start!r}, whose A is {whose}")
 
     def _normalise(self) -> None:
         """Sets and tuples, usual in code written for PEFT, become lists.
@@ -115,8 +118,9 @@ def start_name(init_lora_weights: bool | str) -> str:
     name, _, iterations = init_lora_weights.lower().partition("_niter_")
     if name == "pissa" and iterations and not (iterations.isdigit() and int(iterations) > 0):
         raise RequestError(f"init_lora_weights={init_lora_weights!r}: iterations must be a positive whole number")
-    if name not in STARTS or (iterations and name != "pissa"):
-        raise RequestError(f"unknown init_lora_weights {init_lora_weights!r}{did_you_mean(name, STARTS)}")
+    known = (*STARTS, *DATA_STARTS)
+    if name not in known or (iterations and name != "pissa"):
+        raise RequestError(f"unknown init_lora_weights {init_lora_weights!r}{did_you_mean(name, known)}")
     return name
 
 

@@ -20,6 +20,7 @@ from rankwise.adapters.config import LoraConfig
 from rankwise.adapters.layers import ConvolutionKind, LayerKind
 from rankwise.adapters.low_rank import LowRankLayer
 from rankwise.adapters.sharing import Derived
+from rankwise.adapters.starts import Directions
 from rankwise.errors import RequestError
 
 
@@ -35,9 +36,11 @@ class DoraLayer(LowRankLayer):
         self.magnitude = nn.Parameter(torch.empty(self.lora_B.shape[0], device=self.weight.device))
 
     @override
-    def start_(self, config: LoraConfig, generator: torch.Generator | None = None) -> None:
+    def start_(
+        self, config: LoraConfig, generator: torch.Generator | None = None, directions: Directions | None = None
+    ) -> None:
         """Fills the factors, and the magnitude with the norms, so that their ratio is one."""
-        super().start_(config, generator)
+        super().start_(config, generator, directions)
         with torch.no_grad():
             self.magnitude.copy_(self._norm())
 

@@ -24,7 +24,7 @@ from rankwise.adapters.dropout import keep_rule
 from rankwise.adapters.fused import Factors, lora_linear
 from rankwise.adapters.layers import LayerKind
 from rankwise.adapters.sharing import Derived, Readers
-from rankwise.adapters.starts import STARTS, TAKEN_FROM_BASE, StartRequest, zero_table
+from rankwise.adapters.starts import FROM_DATA, STARTS, TAKEN_FROM_BASE, Directions, StartRequest, zero_table
 from rankwise.errors import RequestError
 from rankwise.quantized import computes_by_weight, is_quantized
 
@@ -91,15 +91,18 @@ class LowRankLayer(AdapterLayer):
             return [self.used()]
         return [self.used(), (self.start_A, -self.start_B)]
 
-    def start_(self, config: LoraConfig, generator: torch.Generator | None = None) -> None:
-        """Fills A and B as `init_lora_weights` says. The base is read, never written."""
+    def start_(
+        self, config: LoraConfig, generator: torch.Generator | None = None, directions: Directions | None = None
+    ) -> None:
+        """Fills A and B as `init_lora_weights` says. The base is read, never written. `directions`: for FROM_DATA."""
         name = start_name(config.init_lora_weights)
         request = StartRequest(
             self.lora_B.shape[0], self.lora_A[0].numel(), self.rank, self.scale,
             matrix=lambda: self.kind.matrix(self.base_weight()).float(),
             generator=generator, iterations=start_iterations(config.init_lora_weights), layer=self._name,
+            directions=directions,
         )  # fmt: skip
-        start = STARTS[name]
+        start = {**STARTS, **FROM_DATA}[name]
         if not self.kind.drops_input and name in {"kaiming", "gaussian"}:
             start = zero_table
         A, B = start(request)

@@ -21,6 +21,21 @@ from torch import Tensor
 
 from rankwise.errors import RequestError
 
+STABLE_GAMMA = 16
+"""LoRA-GA's gamma: the authors' choice, and PEFT's."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What data say about a layer: leading right singular vectors of its inputs, left and right ones of its gradient.
+
+    Each of as many as were measured (i of the inputs, k of the gradient), the largest first.
+    """
+
+    inputs: Float[Tensor, "i n"]
+    left: Float[Tensor, "o k"]
+    right: Float[Tensor, "k n"]
+
 
 @dataclass(frozen=True)
 class StartRequest:
@@ -34,6 +49,7 @@ class StartRequest:
     generator: torch.Generator | None
     iterations: int | None
     layer: str
+    directions: Directions | None = None
 
 
 Start = tuple[Float[Tensor, "r n"], Float[Tensor, "o r"]]
@@ -103,6 +119,43 @@ def olora(request: StartRequest) -> Start:
     return R[: request.rank].contiguous(), Q[:, : request.rank].contiguous()
 
 
+def eva(request: StartRequest) -> Start:
+    """A: the leading directions of what enters the layer; B zero (EVA: Paischer et al. 2024, arXiv 2410.07170)."""
+    inputs = _measured(request, "eva").inputs
+    if request.rank > len(inputs):
+        raise RequestError(_too_few("eva", request, request.rank, len(inputs)))
+    return inputs[: request.rank], torch.zeros(request.num_outputs, request.rank)
+
+
+def lora_ga(request: StartRequest) -> Start:
+    """A: the r leading right singular vectors of the gradient, B the left ones after these.
+
+    Both times o^(1/4) / sqrt(STABLE_GAMMA), which keeps outputs of one size whatever the width (LoRA-GA: Wang et al.
+    2024, arXiv 2407.05000, algorithm 1).
+    """
+    found, r = _measured(request, "lora_ga"), request.rank
+    if 2 * r > len(found.right):
+        raise RequestError(_too_few("lora_ga", request, 2 * r, len(found.right)))
+    factor = request.num_outputs**0.25 / math.sqrt(STABLE_GAMMA)
+    return found.right[:r] * factor, found.left[:, r : 2 * r] * factor
+
+
+def _measured(request: StartRequest, name: str) -> Directions:
+    if request.directions is None:
+        raise RequestError(
+            f"init_lora_weights={name!r} starts from data, which a run has: set it in a run file, or give attach the "
+            "directions of each layer"
+        )
+    return request.directions
+
+
+def _too_few(name: str, request: StartRequest, needed: int, there: int) -> str:
+    return (
+        f"init_lora_weights={name!r} takes {needed} directions for rank {request.rank} of '{request.layer}', which has "
+        f"{there}; lower r or set rank_pattern"
+    )
+
+
 def _needs_rank(request: StartRequest, name: str) -> None:
     most = min(request.num_outputs, request.num_inputs)
     if request.rank > most:
@@ -122,5 +175,8 @@ STARTS: dict[str, Callable[[StartRequest], Start]] = {
 }
 """Every start that `init_lora_weights` can name."""
 
-TAKEN_FROM_BASE = frozenset({"pissa", "olora"})
+FROM_DATA: dict[str, Callable[[StartRequest], Start]] = {"eva": eva, "lora_ga": lora_ga}
+"""Those that need directions."""
+
+TAKEN_FROM_BASE = frozenset({"pissa", "olora", "lora_ga"})
 """Starts whose product is not zero: the layer keeps a frozen copy and subtracts it."""

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.adapters.config import LoraConfig, start_name
+from rankwise.adapters.config import DATA_STARTS, LoraConfig, start_name
 from rankwise.adapters.starts import TAKEN_FROM_BASE
 from rankwise.attach import peft_format
 from rankwise.attach.attachment import (
@@ -98,7 +98,10 @@ def _config_as_saved(model: nn.Module, config: LoraConfig) -> LoraConfig:
     The first pattern that fits decides, but the file sorts its keys; and layers that were resized may not have the rank
     of the configuration, or not twice that with a frozen start.
     """
-    written = peft_format.doubled(config) if start_name(config.init_lora_weights) in TAKEN_FROM_BASE else config
+    start = start_name(config.init_lora_weights)
+    written = peft_format.doubled(config) if start in TAKEN_FROM_BASE else config
+    if start in DATA_STARTS:  # PEFT would want to hear of the data
+        written = written.with_(init_lora_weights=True)
     read = written.with_(
         rank_pattern=dict(sorted(written.rank_pattern.items())),
         alpha_pattern=dict(sorted(written.alpha_pattern.items())),

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from rankwise.adapters.base import AdapterLayer
 from rankwise.adapters.config import LoraConfig, start_name
 from rankwise.adapters.low_rank import LowRankLayer
-from rankwise.adapters.starts import TAKEN_FROM_BASE
+from rankwise.adapters.starts import TAKEN_FROM_BASE, Directions
 from rankwise.adapters.table import adapter_class
 from rankwise.adapters.tokens import TokenRows
 from rankwise.attach.attachment import (
@@ -62,20 +62,32 @@ log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def attach(model: Model, config: LoraConfig, generator: torch.Generator | None = None) -> Model:
+def attach(
+    model: Model,
+    config: LoraConfig,
+    generator: torch.Generator | None = None,
+    directions: Mapping[str, Directions] | None = None,
+) -> Model:
     """Puts adapters into `model`, in place, and returns it. Everything but the adapters is frozen.
 
-    `generator` draws the start (torch's global one by default).
+    `generator` draws the start (torch's global one by default). `directions`: what data say about each layer, for the
+    starts `eva` and `lora_ga`.
 
     Raises: RequestError, with the model as it was, for targets that match nothing or can't be adapted, or a model that
         is attached already.
     """
     unpack(model)
     with unchanged_on_error(model):
-        return inject(model, config, generator, start=True)
+        return inject(model, config, generator, start=True, directions=directions or {})
 
 
-def inject(model: Model, config: LoraConfig, generator: torch.Generator | None, start: bool) -> Model:
+def inject(
+    model: Model,
+    config: LoraConfig,
+    generator: torch.Generator | None,
+    start: bool,
+    directions: Mapping[str, Directions] | None = None,
+) -> Model:
     """As `attach`, but an error leaves the model half changed; with `start=False` a checkpoint fills the factors."""
     _refuse_attached(model)
     config = with_task_heads(config)
@@ -88,7 +100,7 @@ def inject(model: Model, config: LoraConfig, generator: torch.Generator | None, 
         own = config.with_(r=target.r, lora_alpha=target.lora_alpha)
         layer = adapter_class(config)(target.module, target.kind, own, target.name)
         if start or start_name(config.init_lora_weights) in TAKEN_FROM_BASE:
-            layer.start_(own, generator)
+            layer.start_(own, generator, (directions or {}).get(target.name))
         layers[target.name] = layer
     layers.update(_token_rows(model, config, layers))
     _check_once(whole, layers)

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from rankwise.errors import counted
+from rankwise.say import to_stderr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains; see `recipes.finetune`."""
-    from rankwise.recipes.run import read_run
+    from rankwise.recipes.run import rank_hint, read_run
 
     config = read_run(args.run_file, args.overrides)
+    from rankwise import distributed
     from rankwise.recipes.finetune import train
 
+    hint = rank_hint(args.run_file, args.overrides)
+    if hint is not None and not args.resume and distributed.launched_rank() == 0:
+        to_stderr(hint)
     return train(config, resume=args.resume)
 
 
@@ -39,4 +44,6 @@ def show(result: dict[str, Any]) -> None:
     if result["adapter_step"] != result["steps"]:
         print(f"the adapter is that of step {result['adapter_step']}, with the best validation loss")
     print(f"{result['tokens_per_s']:,.0f} tokens/s, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB")
+    if result["vllm_max_lora_rank"] is not None:
+        print(f"vLLM serves it with --max-lora-rank {result['vllm_max_lora_rank']}")
     print(f"output: {result['output']} (adapter/, metrics.jsonl, summary.json)")

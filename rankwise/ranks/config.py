@@ -28,7 +28,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
 
 PLANNED = ("layered", "spectrum")
 """Policies that give layers their ranks before training."""
-POLICIES_TO_COME = ("spectrum",)
 NEEDED: dict[str, tuple[str, ...]] = {"spectrum": ("budget",), "adaptive": ("budget",), "grow": ("max", "every")}
 """Settings without which a policy means nothing."""
 
@@ -45,7 +44,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
 """What `measure` can be; the first is the default."""
 ALPHAS = ("keep", "scale")
 
-DEFAULT_BATCHES = 4
+DEFAULT_BATCHES = 2
 DEFAULT_BY = 4
 DEFAULT_SETTLE = 0.2
 DEFAULT_EVERY = 50
@@ -131,9 +130,6 @@ class RanksConfig:
         self._check_values()
         if self.policy == "layered":
             self._check_layered()
-        if self.policy in POLICIES_TO_COME:
-            there = [name for name in FIELDS if name not in POLICIES_TO_COME]
-            raise RequestError(f"ranks.policy: '{self.policy}' is not available yet; use {' or '.join(there)}")
 
     @property
     def most_parameters(self) -> Budget | None:

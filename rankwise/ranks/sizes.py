@@ -37,6 +37,7 @@ class AdapterSizes:
         entries: of the weights file: name, dtype, shape at rank one.
         rank_axes: for those that grow with a rank: whose, and along which axis.
         copies: ranks in the file for each rank of the layer (2 with a frozen start).
+        shapes: outputs and inputs of each layer's matrix.
     """
 
     costs: dict[str, int]
@@ -45,6 +46,7 @@ class AdapterSizes:
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     rank_axes: dict[str, tuple[str, int]]
     copies: int
+    shapes: dict[str, tuple[int, int]]
 
     def parameters(self, ranks: Mapping[str, int]) -> int:
         """Trainable parameters at these ranks, every layer named."""
@@ -91,6 +93,7 @@ def attached_sizes(model: nn.Module, copies: int) -> AdapterSizes:
     layers = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, LowRankLayer)}
     costs = {name: layer.lora_A[0].numel() + layer.lora_B[:, 0].numel() for name, layer in layers.items()}
     most = {name: min(layer.lora_A[0].numel(), layer.lora_B.shape[0]) for name, layer in layers.items()}
+    shapes = {name: (layer.lora_B.shape[0], layer.lora_A[0].numel()) for name, layer in layers.items()}
     whole = sum(parameter.numel() for parameter in adapter_parameters(model).values())
     fixed = whole - sum(costs[name] * layer.rank for name, layer in layers.items())
     entries = {name: (t.dtype, tuple(t.shape)) for name, t in peft_format.to_file(peft_tensors(model)).items()}
@@ -98,4 +101,4 @@ def attached_sizes(model: nn.Module, copies: int) -> AdapterSizes:
     for name, layer in layers.items():
         axes[f"{peft_format.PREFIX}{name}.{layer.kind.a_key}"] = name, 0
         axes[f"{peft_format.PREFIX}{name}.{layer.kind.b_key}"] = name, 1
-    return AdapterSizes(costs, most, fixed, entries, axes, copies)
+    return AdapterSizes(costs, most, fixed, entries, axes, copies, shapes)

@@ -29,12 +29,11 @@ from rankwise.files import obstacle, replacing_folder
 from rankwise.ranks.factored import prefix, rank_for_energy, relative_error, singular_values, truncated
 from rankwise.recipes.inspect import FACTOR_NAMES, factors
 from rankwise.recipes.output import RUN_FILE
+from rankwise.recipes.rank_map import vllm_max_lora_rank
 from rankwise.train.state import ADAPTER
 
 AUTO, SVD, PREFIX = "auto", "svd", "prefix"
 METHODS = (AUTO, SVD, PREFIX)
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's `max_lora_rank` can be (vllm.config.lora, 0.14): one number for all layers of all adapters."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def _document(out: str, method: str, modules: list[Converted], tensors: dict[str
         "error": relative_error(lost, whole),
         "method": method,
         "max_rank": most,
-        "vllm_max_lora_rank": next((allowed for allowed in VLLM_RANKS if allowed >= most), None),
+        "vllm_max_lora_rank": vllm_max_lora_rank(most),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "file_bytes": (Path(out) / peft_format.WEIGHTS_FILE).stat().st_size,
         "modules": [{key: row[key] for key in ("name", "before", "rank", "error")} for row in rows],

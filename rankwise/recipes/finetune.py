@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from rankwise import distributed
-from rankwise.attach.checkpoint import save_adapter
+from rankwise.attach.checkpoint import read_tensors, save_adapter
 from rankwise.attach.inject import adapter_parameters
 from rankwise.errors import RankwiseError, RequestError, WorkError, WriteError
 from rankwise.models.sharding import is_sharded
 from rankwise.recipes.best import check_best, write_adapter
 from rankwise.recipes.finetune_hooks import evaluation_hook, logging_hook, moving_hooks, saving_hook
 from rankwise.recipes.finetune_job import Job, prepare
+from rankwise.recipes.inspect import factors
 from rankwise.recipes.moving_ranks import BeforeSteps
 from rankwise.recipes.names import FAILED, FINISHED, RUNNING, STOPPED
 from rankwise.recipes.output import RunFolder
 from rankwise.recipes.provenance import adapter_hashes
+from rankwise.recipes.rank_map import vllm_max_lora_rank
 from rankwise.recipes.resume import usable_checkpoint
-from rankwise.recipes.run import RunConfig, flat_settings, read_run, run_yaml
+from rankwise.recipes.run import RunConfig, flat_settings, rank_hint, read_run, run_yaml
 from rankwise.say import Say, silent, to_stderr
 from rankwise.train.batches import InStep
 from rankwise.train.interrupt import Interrupted, StopRequest
@@ -66,6 +68,8 @@ def train(
         quiet = quiet or not distributed.is_first()
         say = silent if quiet else to_stderr
         distributed.from_first(lambda: check_installed(config.train.loggers))
+        if (hint := rank_hint(run)) is not None:
+            say(hint)
         is_restart = distributed.any_process(distributed.is_restart())  # each machine counts its own
         is_there, checkpoint = distributed.from_first(lambda: _find(folder, resume, is_restart, held, say))
         job = prepare(config, checkpoint, say)
@@ -199,6 +203,7 @@ def _way_back(folder: RunFolder) -> str:
 
 def _summary(job: Job, folder: RunFolder, adapter_step: int) -> dict[str, Any]:
     progress = job.progress
+    saved = factors(read_tensors(folder.adapter), str(folder.adapter))
     return {
         "output": str(folder.path),
         "steps": progress.step,
@@ -209,6 +214,7 @@ def _summary(job: Job, folder: RunFolder, adapter_step: int) -> dict[str, Any]:
         "tokens_per_s": progress.num_tokens / progress.train_s,
         "peak_memory_bytes": peak_memory_bytes(job.model.device),
         "trainable_parameters": sum(parameter.numel() for parameter in adapter_parameters(job.model).values()),
+        "vllm_max_lora_rank": vllm_max_lora_rank(max(A.shape[0] for A, _ in saved.values())),
         "resumed_from": job.resumed_from,
         "skipped_rows": sum(part.num_skipped for part in (job.data.train, job.data.valid) if part is not None),
     }

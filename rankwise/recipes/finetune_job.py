@@ -23,6 +23,7 @@ from rankwise.attach.inject import (
     attach,
     disabled,
     output_factors,
+    ranks,
 )
 from rankwise.attach.swiglu import fuse_mlps
 from rankwise.attach.targets import HEADS
@@ -34,11 +35,11 @@ from rankwise.models.load import check_task, choose_device, load_model, resolve
 from rankwise.recipes.finetune_data import RunData, load_data
 from rankwise.recipes.finetune_report import describe_run
 from rankwise.recipes.heads import head_of, with_new_modules
+from rankwise.recipes.measured_ranks import choose, with_measured_plan
 from rankwise.recipes.moving_ranks import RankMover, check_same_moves, starting_config
 from rankwise.recipes.processes import bring_in_step, check_same_data, check_spread, is_state_shared, num_shares
 from rankwise.recipes.provenance import data_hashes, provenance
 from rankwise.recipes.rank_movers import rank_mover
-from rankwise.recipes.rank_plan import planned_config
 from rankwise.recipes.resume import as_begun, check_length, check_settings, run_precision, training_settings
 from rankwise.recipes.run import RunConfig, StartFrom, check_task_type, with_section
 from rankwise.say import Say
@@ -112,13 +113,17 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
         model=dataclasses.replace(run.model, device=str(device) if distributed.world_size() == 1 else device.type),
         train=dataclasses.replace(run.train, precision=precision.name),
     )
+    if checkpoint is not None and run.ranks.plan is None and (plan := checkpoint.settings.get("ranks.plan")):
+        run = with_measured_plan(run, plan)
     settings = training_settings(run, hashes)
     if checkpoint is not None:
         check_settings(checkpoint, settings, say)
         check_length(checkpoint, run.train, num_rows)
         check_same_moves(run, as_begun(checkpoint, run.train), num_rows, checkpoint.step)
     plan = _plan(run, num_rows)
-    model = _model_in_step(run, precision, data, device, say)
+    model = _model_in_step(run, precision, data, device, say, checkpoint is not None)
+    run = with_measured_plan(run, ranks(model))
+    settings["ranks.plan"] = run.ranks.plan
     order = RowOrder(data.shares, run.train.batch_size, run.train.num_rows(num_rows), run.train.seed)
     goes_on = isinstance(run.adapter, StartFrom) and run.train.objective == "dpo"
     if run.train.statistics:
@@ -205,19 +210,19 @@ def optimizer_of(train: TrainConfig, model: PreTrainedModel) -> torch.optim.Opti
 
 
 def _model_in_step(
-    run: RunConfig, precision: Precision, data: RunData, device: torch.device, say: Say
+    run: RunConfig, precision: Precision, data: RunData, device: torch.device, say: Say, goes_on: bool
 ) -> PreTrainedModel:
     """The attached model, the same on all processes, each with its share of the base where that is spread."""
     shares = num_shares(run.train.sharding)
     # what is to be cut is loaded into the CPU's memory, where the processes of a machine share the file's pages
     loaded = run if shares == 1 else dataclasses.replace(run, model=dataclasses.replace(run.model, device="cpu"))
     with distributed.together():
-        model = _attached_model(loaded, precision, data, say)
+        model = _attached_model(loaded, precision, data, say, goes_on)
     bring_in_step(model, shares, device)
     return model
 
 
-def _attached_model(run: RunConfig, precision: Precision, data: RunData, say: Say) -> PreTrainedModel:
+def _attached_model(run: RunConfig, precision: Precision, data: RunData, say: Say, goes_on: bool) -> PreTrainedModel:
     seed_everything(run.train.seed)  # a new head is drawn while loading
     model = load_model(run.model, precision.dtype, run.train.needs.task, data.labels)
     if run.train.needs.task_type in HEADS:
@@ -238,7 +243,8 @@ def _attached_model(run: RunConfig, precision: Precision, data: RunData, say: Sa
         config = run.adapter.with_(base_model_name_or_path=named, revision=run.model.revision, task_type=task_type)
         try:
             config = starting_config(with_new_modules(model, config), run.ranks)
-            attach(model, planned_config(model, config, run.ranks, say))
+            chosen = choose(model, config, run, data, say, goes_on)
+            attach(model, chosen.config, directions=chosen.directions)
         except RequestError as error:
             raise RequestError(with_section(str(error))) from error
         _check_dropout(model, run.adapter)

@@ -22,6 +22,7 @@ from rankwise.train.precision import Precision
 
 LEFT_OUT_WORTH_SAYING = 0.01
 SHOWN_LABELS = 12
+BITS_PER_PARAMETER = 2
 
 
 def describe_run(
@@ -32,6 +33,7 @@ def describe_run(
         f"model     {run.model.name} ({type(model).__name__}) on {model.device}, {precision.name}: {precision.why}"
         + (f"; its layers are stored in {storage}" if (storage := storage_in(model)) else ""),
         *_adapter_lines(run, model),
+        *_capacity_lines(run, model, data),
         *_data_lines(run, data),
         *_training_lines(run, data, plan),
     ]
@@ -55,6 +57,20 @@ def _adapter_lines(run: RunConfig, model: PreTrainedModel) -> list[str]:
         names = ", ".join(found["largest_left_out"])
         lines.append(f"          left out: {found['share_left_out']:.0%} of the layers' weights ({names})")
     return lines + _too_high_ranks(run, model)
+
+
+def _capacity_lines(run: RunConfig, model: PreTrainedModel, data: RunData) -> list[str]:
+    """A hint where the data bring more than the adapter can hold: about a bit a trained token, two a parameter.
+
+    Allen-Zhu and Li 2024, "Physics of language models: part 3.3, knowledge capacity scaling laws" (arXiv 2404.05405).
+    """
+    parameters, (_, trained) = describe(model)["parameters"], data.tokens_per_epoch
+    if run.train.needs.unit != "token" or BITS_PER_PARAMETER * parameters >= trained:
+        return []
+    return [
+        f"          hint: an epoch trains on {trained:,} tokens, more than {parameters:,} parameters can remember: a "
+        "higher rank may help; see docs/ranks.md"
+    ]
 
 
 def _too_high_ranks(run: RunConfig, model: PreTrainedModel) -> list[str]:

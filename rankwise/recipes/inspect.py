@@ -20,6 +20,7 @@ from rankwise.attach.targets import alpha_in
 from rankwise.errors import RequestError
 from rankwise.ranks.factored import effective_rank, singular_values
 from rankwise.recipes.output import RUN_FILE
+from rankwise.recipes.rank_map import check_picture, draw_map, rank_history, rank_map, vllm_max_lora_rank
 from rankwise.train.state import ADAPTER
 
 FACTOR_NAMES = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
@@ -36,27 +37,39 @@ class ModuleReport:
     norm: float
 
 
-def inspect_adapter(name: str) -> dict[str, Any]:
+def inspect_adapter(name: str, picture: Path | None = None) -> dict[str, Any]:
     """The document of `rankwise inspect` for an adapter folder, or the adapter of a run folder.
+
+    `picture`: a PNG or SVG to draw the rank map into, with its history where a run's ranks moved.
 
     Raises: RequestError for a folder that is neither, or whose files are broken.
     """
     folder = Path(name).expanduser()
+    if picture is not None:
+        check_picture(picture)
+    history: list[dict[str, Any]] = []
     if (folder / RUN_FILE).is_file():
+        history = rank_history(folder)
         folder = folder / ADAPTER
     config, tensors = read_config(folder), read_tensors(folder)
     modules = [report(config, module, A, B) for module, (A, B) in factors(tensors, str(folder)).items()]
+    ranks = {module.name: module.rank for module in modules}
+    if picture is not None:
+        draw_map(rank_map(ranks), history, picture)
     trained = [tensor for key, tensor in tensors.items() if is_trained(config, key)]
     return {
         "adapter": name,
         "kind": "dora" if config.use_dora else config.kind,
         "base": config.base_model_name_or_path,
-        "ranks": {module.name: module.rank for module in modules},
+        "ranks": ranks,
         "trainable_parameters": sum(tensor.numel() for tensor in trained),
         "file_bytes": (folder / WEIGHTS_FILE).stat().st_size,
         "lora_alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
+        "vllm_max_lora_rank": vllm_max_lora_rank(max(ranks.values())),
         "modules": [asdict(module) for module in modules],
+        "history": history,
+        "picture": None if picture is None else str(picture),
     }
 
 

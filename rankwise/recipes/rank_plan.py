@@ -15,14 +15,6 @@ from rankwise.ranks.sizes import AdapterSizes, measure_sizes
 from rankwise.say import Say
 
 
-def planned_config(model: nn.Module, config: LoraConfig, ranks: RanksConfig, say: Say) -> LoraConfig:
-    """`config` with the ranks that the policy gives the layers before training; the plain model stays as it was.
-
-    Raises: RequestError for a plan that fits no layer, or a budget that can't be met.
-    """
-    return with_layered_ranks(model, config, ranks, say) if ranks.policy == "layered" else config
-
-
 def with_layered_ranks(model: nn.Module, config: LoraConfig, ranks: RanksConfig, say: Say) -> LoraConfig:
     """`config` with the ranks that `ranks` (policy `layered`) gives the layers of a plain model, which stays as it was.
 

@@ -203,6 +203,29 @@ def read_run(
     return build_run(_merged(document, above))
 
 
+def rank_hint(
+    source: RunConfig | Mapping[str, Any] | str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> str | None:
+    """A line for a run file or mapping that says nothing of ranks; None where it does, or where nobody can tell."""
+    if isinstance(source, RunConfig):
+        return None
+    document: Mapping[str, Any] = source if isinstance(source, Mapping) else read_yaml(Path(source))
+    for override in overrides:
+        document = _merged(document, parse_override(override))
+    adapter = document.get("adapter") or {}
+    if (
+        "r" in adapter
+        or FROM in adapter
+        or adapter.get("rank_pattern")
+        or document.get("ranks", {}) not in ({}, {"policy": "fixed"})
+    ):
+        return None
+    return (
+        f"hint: no adapter.r: every layer gets rank {LoraConfig().r}. 1 to 4 do for a format or a style, 4 to 8 "
+        "for one narrow task, 8 to 16 for several, 64 and more for a new domain: docs/ranks.md"
+    )
+
+
 def build_run(document: Mapping[str, Any]) -> RunConfig:
     """A RunConfig from a mapping whose paths are absolute. Raises: as `read_run`."""
     check_keys(document)

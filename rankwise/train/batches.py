@@ -45,6 +45,11 @@ class MicroBatches:
         size = self.micro_batch_size
         return [self._micro_batch(chosen[start : start + size]) for start in range(0, len(chosen), size)]
 
+    def whole(self, step: int) -> list[MicroBatch]:
+        """The micro batches of one process that takes the whole step: the same on all."""
+        chosen, size = self._examples(self.order.rows(step)), self.micro_batch_size
+        return [self._micro_batch(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+
     def first(self, step: int) -> MicroBatch:
         """The first micro batch of one process that would take the whole step: the same on all."""
         return self._micro_batch(self._examples(self.order.rows(step))[: self.micro_batch_size])

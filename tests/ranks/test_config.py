@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 
 from rankwise.errors import RequestError
-from rankwise.ranks.config import FIELDS, POLICIES_TO_COME, Budget, RanksConfig
+from rankwise.ranks.config import FIELDS, Budget, RanksConfig
 
 NEEDED = {
     "layered": {"budget": 1000},
@@ -38,12 +38,6 @@ def test_a_setting_that_the_policy_does_not_read_is_refused_and_those_that_it_re
 def test_what_a_policy_can_not_do_without(policy):
     with pytest.raises(RequestError, match=r"missing setting 'ranks\.\w+'|needs ranks\.plan"):
         RanksConfig(policy=policy)
-
-
-@pytest.mark.parametrize("policy", POLICIES_TO_COME)
-def test_policies_to_come_are_refused_in_one_line(policy):
-    with pytest.raises(RequestError, match=f"'{policy}' is not available yet; use fixed or layered"):
-        RanksConfig(policy=policy, **NEEDED.get(policy, {}))
 
 
 @pytest.mark.parametrize(

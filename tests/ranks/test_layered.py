@@ -14,7 +14,7 @@ from rankwise.errors import RequestError
 from rankwise.ranks.config import RanksConfig
 from rankwise.ranks.layered import check_budget, depths, fit_to_budget, layer_kinds, planned, ramp
 from rankwise.ranks.sizes import measure_sizes
-from rankwise.recipes.rank_plan import planned_config
+from rankwise.recipes.rank_plan import with_layered_ranks
 from tests import tiny
 
 ARTICLE = {"attn.c_attn": 16, "mlp.fc_in": 8, "mlp.fc_out": 4}
@@ -27,7 +27,7 @@ def names_of(model) -> list[str]:
 def attached(model, policy: dict, said: list[str] | None = None, **adapter):
     config = LoraConfig(**{"r": 6, **adapter})
     say = (lambda _: None) if said is None else said.append
-    return attach(model, planned_config(model, config, RanksConfig(policy="layered", **policy), say))
+    return attach(model, with_layered_ranks(model, config, RanksConfig(policy="layered", **policy), say))
 
 
 def ending(model, end: str) -> set[int]:

@@ -26,7 +26,8 @@ from tests.recipes.runs import adapter_bytes, metrics, settings
 
 SUMMARY = {
     "output", "steps", "final_loss", "best_valid_loss", "adapter_step", "stopped_early", "tokens_per_s",
-    "peak_memory_bytes", "trainable_parameters", "resumed_from", "skipped_rows",
+    "peak_memory_bytes", "trainable_parameters", "vllm_max_lora_rank", "resumed_from",
+    "skipped_rows",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from rankwise import distributed
@@ -232,3 +233,17 @@ def test_ranks_grow_in_step_and_as_on_one_process(
     first, second = two_processes(_growing, run_of(models, tmp_path / "two", {}, sharding=sharding, **changes))
     assert first == second and len(alone) == 8
     assert max(abs(a - b) for a, b in zip(alone, first, strict=True)) < TOLERANCE
+
+
+def _planned(run: dict[str, Any]) -> dict[str, int]:
+    train(run, quiet=True)
+    return yaml.safe_load((Path(run["output"]) / "run.yaml").read_text())["ranks"]["plan"]
+
+
+def test_ranks_from_data_are_those_of_one_process(models: Path, tmp_path: Path, two_processes: Processes) -> None:
+    ranks = {"policy": "spectrum", "budget": 5000, "batches": 1}
+    adapter = {"init_lora_weights": "lora_ga"}
+    changes = {"steps": 2, "save_every": 0, "keep_checkpoints": "auto"}
+    alone = _planned({**run_of(models, tmp_path / "one", {}, **changes), "ranks": ranks, "adapter": adapter})
+    run = {**run_of(models, tmp_path / "two", {}, sharding="full", **changes), "ranks": ranks, "adapter": adapter}
+    assert two_processes(_planned, run) == [alone, alone] and len(set(alone.values())) > 1

@@ -10,6 +10,7 @@ import pytest
 from rankwise.data import loader
 from rankwise.errors import WorkError
 from rankwise.recipes.finetune import train
+from rankwise.recipes.run import rank_hint
 from tests.recipes.runs import settings
 
 TWO_STEPS = {"steps": 2, "evaluate_every": 2, "save_every": None}
@@ -65,3 +66,23 @@ def test_validation_rows_that_are_trained_on_are_said(
     [line] = _warnings(capsys.readouterr().err)
     assert line.startswith("warning: valid: 2 rows also in the training files")
     assert read == ["train.jsonl", "valid.jsonl"] and summary["steps"] == 2
+
+
+def test_data_that_hold_more_than_the_adapter_are_said(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"r": 1, "target_modules": ["layers.0.self_attn.k_proj"]}
+    train(settings(files, tmp_path / "small", adapter=small, train=TWO_STEPS))
+    assert "more than 48 parameters can remember" in capsys.readouterr().err
+    train(settings(files, tmp_path / "out", adapter={"r": 4}, train=TWO_STEPS))
+    assert "hint" not in capsys.readouterr().err
+
+
+def test_a_run_without_a_rank_gets_a_hint(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {train: rows.jsonl}\nadapter: {lora_alpha: 8}\n")
+    hint = rank_hint(file)
+    assert hint is not None and "no adapter.r" in hint and "rank 16" in hint
+    assert rank_hint({"data": {"train": "rows.jsonl"}}) == hint
+    assert rank_hint(file, ["adapter.r=4"]) is None and rank_hint({"adapter": {"from": "a"}}) is None
+    assert rank_hint({"ranks": {"policy": "layered", "budget": 9}}) is None

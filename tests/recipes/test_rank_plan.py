@@ -8,12 +8,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from rankwise.attach.checkpoint import load_adapter
 from rankwise.attach.inject import ranks
 from rankwise.errors import RequestError
 from rankwise.recipes.finetune import train
+from rankwise.recipes.run import read_run
 from rankwise.train.interrupt import Interrupted
 from tests import tiny
 from tests.recipes.runs import adapter_bytes, interrupting, metrics, settings, unmeasured
@@ -78,3 +80,40 @@ def test_an_adapter_that_exists_has_its_ranks(files: Path, tmp_path: Path) -> No
     run = settings(files, tmp_path / "on", train=SHORT, ranks={"policy": "layered", "depth": "up"})
     with pytest.raises(RequestError, match=r"ranks\.policy: layered has no effect with adapter\.from"):
         train({**run, "adapter": {"from": str(tmp_path / "out" / "adapter")}}, quiet=True)
+
+
+def same_as_peft(files: Path, output: Path) -> None:
+    base = lambda: AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)  # noqa: E731
+    ours = load_adapter(base(), output / "adapter")
+    theirs = peft.PeftModel.from_pretrained(base(), output / "adapter").eval()
+    assert (logits(ours) - logits(theirs)).abs().max() < 1e-5
+
+
+# --- from data -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("measure", ["gradient", "activation"])
+def test_spectrum_shares_out_a_budget_and_repeats_exactly(files: Path, tmp_path: Path, measure: str) -> None:
+    wanted = {"policy": "spectrum", "budget": 6000, "measure": measure, "batches": 1}
+    adapter = {"init_lora_weights": {"gradient": "lora_ga", "activation": "eva"}.get(measure, True)}
+    summary = train(settings(files, tmp_path / "a", ranks=wanted, train=SHORT, adapter=adapter), quiet=True)
+    plan = yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())["ranks"]["plan"]
+    assert (
+        6000 - 80 < summary["trainable_parameters"] <= 6000 and len(set(plan.values())) > 1 and min(plan.values()) >= 1
+    )
+    same_as_peft(files, tmp_path / "a")
+    if measure == "activation":
+        return
+    train(read_run(tmp_path / "a" / "run.yaml", [f"output={tmp_path / 'b'}"]), quiet=True)
+    assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b")
+    with pytest.raises(Interrupted):
+        stopped = settings(files, tmp_path / "c", ranks=wanted, train=SHORT, adapter=adapter)
+        train(stopped, on_step=interrupting(3), quiet=True)
+    train(stopped, resume=True, quiet=True)
+    assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "c")
+
+
+def test_what_is_measured_is_said(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(settings(files, tmp_path / "a", ranks={"policy": "spectrum", "budget": "30 kB"}, train=SHORT))
+    said = capsys.readouterr().err
+    assert "measured on 16 rows in" in said and "of 30,000 bytes of weights" in said
