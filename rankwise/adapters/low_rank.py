@@ -172,10 +172,12 @@ class LowRankLayer(AdapterLayer):
         of_A, of_B = self._derived
         up = of_B.stacked((B,), x.dtype)
         read = self.readers.read(self, x) if shared and self.readers is not None else None
-        if self.readers is None or read is None:
-            return Factors(A, B, self.scale, of_A.stacked((A,), x.dtype), up, derived=self._derived)
+        # all that may hold a copy is dropped, whichever is used now: dropout uses the one, evaluation the other
+        derived = self._derived if self.readers is None else (*self._derived, self.readers.derived)
+        if read is None:
+            return Factors(A, B, self.scale, of_A.stacked((A,), x.dtype), up, derived=derived)
         down, h = read
-        return Factors(A, B, self.scale, down, up, h, (self.readers.derived, of_B))
+        return Factors(A, B, self.scale, down, up, h, derived)
 
     def _can_fuse(self, x: Tensor) -> bool:
         """A plain or quantised frozen linear layer that nobody listens to, without a subtracted start or autocast.

@@ -16,6 +16,7 @@ from rankwise.attach.checkpoint import load_native_state, native_state
 from rankwise.errors import RequestError, WorkError
 from rankwise.files import obstacle, replacing, write_text
 from rankwise.recipes.finetune_job import Job, optimizer_of, prepare
+from rankwise.recipes.moving_ranks import at_start
 from rankwise.recipes.run import RunConfig, read_run
 from rankwise.say import silent, to_stderr
 from rankwise.train.log import ProgressBar, peak_memory_bytes
@@ -69,12 +70,12 @@ def steps_for(run: RunConfig) -> int:
 
 
 def _as_test(run: RunConfig, test: RangeTest) -> RunConfig:
-    """The run with the length and the schedule of the test."""
+    """The run with the length and the schedule of the test, and with the ranks that it begins with."""
     steps = test.num_restarts * test.num_steps
     train = dataclasses.replace(
         run.train, steps=steps, epochs=None, warmup=0, schedule="constant", lr_floor=0.0
     )  # fmt: skip
-    return dataclasses.replace(run, train=train)
+    return dataclasses.replace(at_start(run), train=train)
 
 
 def measure(job: Job, test: RangeTest, quiet: bool = True) -> Found:

@@ -6,6 +6,7 @@ a checkpoint holds: a run that goes on moves its ranks as the straight one does.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -20,11 +21,11 @@ from rankwise.adapters.starts import TAKEN_FROM_BASE
 from rankwise.attach.attachment import need_attachment
 from rankwise.attach.inject import adapter_parameters, adapter_tensors, ranks
 from rankwise.errors import RequestError
-from rankwise.ranks.config import ALPHAS, DEFAULT_EVERY, DEFAULT_SETTLE, RESIZING, RanksConfig
+from rankwise.ranks.config import ALPHAS, DEFAULT_EVERY, DEFAULT_SETTLE, MOVING, RESIZING, RanksConfig
 from rankwise.ranks.dynamic import set_ranks
 from rankwise.ranks.growth import ranked_layers
 from rankwise.ranks.sizes import AdapterSizes, attached_sizes
-from rankwise.recipes.run import RunConfig
+from rankwise.recipes.run import RunConfig, StartFrom
 from rankwise.say import Say
 from rankwise.train.config import TrainConfig
 from rankwise.train.every import Every
@@ -164,10 +165,10 @@ def check_start(
     higher = {name: rank for name, rank in now.items() if rank < most[name]}
     if not higher:
         raise RequestError(f"no layer can grow: {where} is the highest rank already; raise ranks.max, or lower {where}")
-    if config.budget is not None and config.policy == "grow" and fits(most):
+    if config.budget is not None and fits(most):
         raise RequestError(
             f"ranks.budget ({config.most_parameters}) has no effect: all layers at their highest rank are within it; "
-            "lower it, or leave it out"
+            "lower it"
         )
 
 
@@ -204,6 +205,14 @@ def check_same_moves(run: RunConfig, begun: TrainConfig, rows_per_epoch: int, st
 def starting_config(config: LoraConfig, settings: RanksConfig) -> LoraConfig:
     """The adapter with the rank that `ranks.start` gives every layer."""
     return config if settings.start is None else config.with_(r=settings.start)
+
+
+def at_start(run: RunConfig) -> RunConfig:
+    """The run with ranks that stay what they are at its start, where they would move."""
+    if run.ranks.policy not in MOVING:
+        return run
+    adapter = run.adapter if isinstance(run.adapter, StartFrom) else starting_config(run.adapter, run.ranks)
+    return dataclasses.replace(run, adapter=adapter, ranks=RanksConfig())
 
 
 class BeforeSteps:

@@ -392,3 +392,18 @@ def test_passes_before_one_backward_pass_under_checkpointing() -> None:
         model(ids)
     model.train()
     (model(ids).logits.sum() + model(ids[:1]).logits.sum()).backward()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_evaluation_between_steps_with_dropout_sees_the_new_factors(fused):
+    """Dropout casts each A alone, evaluation all of a group together; a fused AdamW counts no versions."""
+    model = randomised(tiny.llama().bfloat16(), lora_dropout=0.2)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05, fused=fused)
+    ids = tiny.token_ids()
+    for _ in range(2):
+        with torch.no_grad():
+            seen, wanted = (each.eval()(ids).logits for each in (model, copy.deepcopy(model)))
+        assert torch.equal(seen, wanted)
+        gradients(model.train(), ids)
+        optimizer.step()

@@ -7,8 +7,9 @@ import torch
 import yaml
 
 from rankwise.attach.checkpoint import native_state
+from rankwise.attach.inject import ranks
 from rankwise.errors import RequestError
-from rankwise.recipes.find_lr import apply_rate, find_lr, measure, untrained_loss, with_rate
+from rankwise.recipes.find_lr import _as_test, apply_rate, find_lr, measure, untrained_loss, with_rate
 from rankwise.recipes.finetune import train
 from rankwise.recipes.finetune_job import prepare
 from rankwise.recipes.run import read_run
@@ -99,3 +100,10 @@ def test_a_file_that_cannot_be_changed_safely_is_left_alone(tmp_path):
     with pytest.raises(RequestError, match=r"set train.lr to 0.0031 there"):
         apply_rate(path, 3.1e-3)
     assert path.read_text() == text
+
+
+def test_ranks_that_move_stay_in_the_test(document):
+    document["train"]["steps"] = 1000
+    run = read_run({**document, "ranks": {"policy": "grow", "start": 2, "max": 8, "every": 500}})
+    job = prepare(_as_test(run, SHORT), None, lambda line: None)
+    assert set(ranks(job.model).values()) == {2} and job.mover is None and job.plan.num_steps == 48
