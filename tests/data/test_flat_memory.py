@@ -37,3 +37,9 @@ def test_memory_is_flat(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rankwise.data.rows.DETECT_ROWS", 100)
     few, many = peak_bytes(tmp_path, FEW), peak_bytes(tmp_path, MANY)
     assert many - few < (MANY - FEW) * INDEX_BYTES_A_ROW + 200_000, (few, many)
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_many_chunks(tmp_path) -> None:
+    few, many = peak_bytes(tmp_path, 2_000), peak_bytes(tmp_path, 50_000)
+    assert many - few < 48_000 * INDEX_BYTES_A_ROW + 200_000, (few, many)

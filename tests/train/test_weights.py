@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from rankwise import distributed
 from rankwise.adapters.config import LoraConfig
 from rankwise.attach.inject import adapter_parameters, attach
 from rankwise.data.example import Example
@@ -15,6 +16,7 @@ from rankwise.evaluate.perplexity import measure_loss
 from rankwise.train.loop import accumulate
 from rankwise.train.objectives import TOKENS
 from tests import tiny
+from tests.processes import Processes
 from tests.train.rows import examples
 
 PAD = 259
@@ -93,3 +95,16 @@ def test_evaluation_weighs_alike(packing: bool) -> None:
         found = measure_loss(model_of(), TOKENS, rows, PAD, size, packing)
         assert found.loss == pytest.approx(wanted, rel=1e-5)
         assert found.num_units == sum(row.num_trained for row in rows)
+
+
+def share_of_a_step() -> tuple[float, int, dict[str, torch.Tensor]]:
+    """This process's rows of the step: one has those of weight 3 and 0.1, the other those of 0.75."""
+    return step(distributed.dealt(weighted_rows()), 2, packing=True)
+
+
+def test_two_processes_make_the_same_step(two_processes: Processes) -> None:
+    loss, num_trained, gradients = step(weighted_rows(), 7, packing=True)
+    for found in two_processes(share_of_a_step):
+        assert found[0] == pytest.approx(loss, rel=1e-6) and found[1] == num_trained
+        for name, gradient in gradients.items():
+            assert float((found[2][name] - gradient).norm() / gradient.norm()) < 1e-5, name
