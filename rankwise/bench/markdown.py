@@ -1,0 +1,138 @@
+"""Tables of a bench as markdown: figures in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rankwise.bench.compare import Plan, Row, sentence
+from rankwise.bench.rates import RateRow
+from rankwise.bench.statistics import Interval
+from rankwise.errors import counted
+
+NONE_YET = ""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a method: means over its cells; None where it has none.
+
+    `rate`: as it is written; `is_stale`: whether results of older code are among them.
+    """
+
+    rate: str
+    parameters: int | None = None
+    stored_bytes: int | None = None
+    memory_bytes: float | None = None
+    cpu_s: float | None = None
+    accuracy: float | None = None
+    is_stale: bool = False
+
+
+@dataclass(frozen=True)
+class Page:
+    """What stands around a table.
+
+    Args:
+        title, note: above it.
+        facts: a line each, below the note.
+        failed: cells that failed, with the reason.
+        picture: its file name; None: none was drawn.
+    """
+
+    title: str
+    note: str
+    facts: Sequence[str]
+    failed: Mapping[str, str] = field(default_factory=dict)
+    picture: str | None = None
+
+
+def comparison_page(page: Page, rows: Sequence[Row], costs: Mapping[str, Costs], plan: Plan) -> str:
+    """A table of comparisons, its sentences and its picture."""
+    headings = ["method", "seeds", "trained", "stored", "memory", "CPU", "rate", "test loss"]
+    headings += [f"against {plan.reference} [95 %]", "p (Holm)"]
+    if plan.share_of is not None:
+        headings.append(f"share of {plan.share_of[1]}'s gain [95 %]")
+    headings.append("gap")
+    with_accuracy = any(cost.accuracy is not None for cost in costs.values())
+    headings += ["accuracy"] if with_accuracy else []
+    body = []
+    for row in rows:
+        cost = costs[row.name]
+        cells = [
+            row.name + (" †" if cost.is_stale else ""), f"{len(row.seeds)}", _count(cost.parameters),
+            _bytes(cost.stored_bytes), _bytes(cost.memory_bytes), _number(cost.cpu_s, "{:,.0f} s"), cost.rate,
+            _number(row.loss, "{:.4f}"), _interval(row.difference, "{:+.4f}"), _number(row.p, "{:.2g}"),
+        ]  # fmt: skip
+        if plan.share_of is not None:
+            cells.append(_interval(row.share, "{:.1%}"))
+        cells.append(_number(row.gap, "{:+.4f}"))
+        cells += [_number(cost.accuracy, "{:.1%}")] if with_accuracy else []
+        body.append([*cells, f"**{row.verdict}**"])
+    parts = [*_head(page), _table([*headings, "verdict"], body)]
+    if len(plan.tasks) > 1:
+        parts += ["Test loss by task:", _by_task(rows, plan.tasks)]
+    parts += ["\n".join(f"- {sentence(row, plan)}" for row in rows), *_foot(page)]
+    return "\n\n".join(parts) + "\n"
+
+
+def rates_page(page: Page, rows: Sequence[RateRow], sentences: Sequence[str]) -> str:
+    """A table of rates and what follows from it."""
+    grid = sorted({rate for row in rows for rate in (*row.losses, *row.missing)})
+    body = []
+    for row in rows:
+        cells = [f"{row.losses[rate]:.4f}" if rate in row.losses else NONE_YET for rate in grid]
+        marked = [f"**{cell}**" if rate == row.best else cell for rate, cell in zip(grid, cells, strict=True)]
+        body.append([row.name, *marked, ", ".join(f"{rate:g}" for rate in row.likely)])
+    headings = ["method", *(f"{rate:g}" for rate in grid), "lowest in 95 % of draws"]
+    parts = [*_head(page), "Validation loss by learning rate:", _table(headings, body)]
+    return "\n\n".join([*parts, "\n".join(f"- {text}" for text in sentences), *_foot(page)]) + "\n"
+
+
+def _head(page: Page) -> list[str]:
+    parts = [f"# {page.title}", *([page.note.strip()] if page.note else [])]
+    return [*parts, "\n".join(f"- {fact}" for fact in page.facts)]
+
+
+def _foot(page: Page) -> list[str]:
+    parts = []
+    if page.failed:
+        parts.append(
+            f"{counted(len(page.failed), 'cell')} failed:\n\n"
+            + "\n".join(f"- `{name}`: {reason}" for name, reason in page.failed.items())
+        )
+    if page.picture:
+        parts.append(f"![quality against trained parameters]({page.picture})")
+    return parts
+
+
+def _by_task(rows: Sequence[Row], tasks: Sequence[str]) -> str:
+    body = [[row.name, *(_number((row.by_task or {}).get(task), "{:.4f}") for task in tasks)] for row in rows]
+    return _table(["method", *tasks], body)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _number(value: float | None, form: str) -> str:
+    return NONE_YET if value is None else form.format(value)
+
+
+def _interval(value: Interval | None, form: str) -> str:
+    if value is None:
+        return NONE_YET
+    return f"{form.format(value.mean)} [{form.format(value.low)}, {form.format(value.high)}]"
+
+
+def _count(value: int | None) -> str:
+    if value is None:
+        return NONE_YET
+    return f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value / 1e3:.1f}k" if value >= 1e3 else str(value)
+
+
+def _bytes(value: float | None) -> str:
+    if value is None:
+        return NONE_YET
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB" if value else "0"

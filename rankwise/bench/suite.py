@@ -1,0 +1,199 @@
+"""What a suite asks for: methods by tasks by seeds, and how its table compares them. From YAML; pure.
+
+A bench is a folder with `tasks.yaml` (a run file without adapter for each task), `suites/`, the store and `tables/`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rankwise.bench.kinds import ADAPTER, BASE, KINDS
+from rankwise.config import build
+from rankwise.errors import RequestError, did_you_mean
+
+COMPARISON, RATES = "comparison", "rates"
+TABLES = {COMPARISON: "each method against the reference", RATES: "which learning rate is best for each method"}
+"""What a suite's table shows."""
+
+_NAME = re.compile(r"[\w.+-]+")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of a table.
+
+    Args:
+        lr: a rate, or a grid of rates from which one is chosen on validation rows; none for `kind: base`.
+        kind: what is trained, a key of `KINDS`.
+        adapter: settings of the run file's section.
+        train: settings over those of the task, the rate apart.
+    """
+
+    lr: float | list[float] | None = None
+    kind: str = ADAPTER
+    adapter: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise RequestError(f"unknown kind '{self.kind}'{did_you_mean(self.kind, KINDS)}")
+        if self.adapter and self.kind != ADAPTER:
+            raise RequestError(f"adapter has no effect with kind: {self.kind}; leave it out")
+        if (self.lr is None) != (self.kind == BASE):
+            raise RequestError(
+                "lr has no effect with kind: base, which is not trained; leave it out"
+                if self.kind == BASE
+                else "lr is missing: give a rate, or a list of rates to choose from on validation rows"
+            )
+        for name in ("lr", "seed"):
+            if name in self.train:
+                raise RequestError(f"train.{name} is set by the suite; give {name} beside it, not in train:")
+        if len(set(self.rates)) < len(self.rates) or not self.rates:
+            raise RequestError(f"lr ({self.lr}) must be different rates")
+
+    @property
+    def rates(self) -> list[float | None]:
+        """The rates to choose from, lowest first; [None] for what is not trained."""
+        return sorted(self.lr) if isinstance(self.lr, list) else [self.lr]  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """On which seed, and which tasks (none given: all), a method's learning rate is chosen."""
+
+    seed: int = 0
+    tasks: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A difference of two methods' losses."""
+
+    base: str
+    to: str
+
+
+@dataclass(frozen=True)
+class Margin:
+    """What counts as no worse: so large a share of the gain from `base` to `to`, on validation rows."""
+
+    base: str
+    to: str
+    share: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise RequestError(f"margin.share ({self.share}) must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class SuiteFile:
+    """A suite's YAML, checked by types; `Suite` is checked by meaning."""
+
+    title: str
+    tasks: list[str]
+    seeds: int
+    methods: dict[str, Any]
+    table: str = COMPARISON
+    reference: str | None = None
+    tuning: dict[str, Any] = field(default_factory=dict)
+    margin: dict[str, Any] | None = None
+    share_of: dict[str, Any] | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Methods by tasks by seeds.
+
+    Args:
+        title, note: what stands above the table.
+        table: a key of `TABLES`.
+        tasks: names of tasks, all of one kind of model.
+        seeds: 0, 1, ...
+        methods: by name, in the order of the rows.
+        reference: the method that the others are compared with; None for a table of rates.
+        tuning: where learning rates are chosen.
+        margin: of "no worse"; None: that is never said.
+        share_of: the gain of which each row shows its share; None: no such column.
+    """
+
+    title: str
+    table: str
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    methods: Mapping[str, Method]
+    reference: str | None
+    tuning: Tuning
+    margin: Margin | None
+    share_of: Gain | None
+    note: str = ""
+
+    @property
+    def tuning_tasks(self) -> tuple[str, ...]:
+        """The tasks on which rates are chosen."""
+        return tuple(self.tuning.tasks) or self.tasks
+
+    def is_tuned(self, method: str) -> bool:
+        """Whether a method's rate is chosen from a grid."""
+        return self.table == COMPARISON and len(self.methods[method].rates) > 1
+
+
+def suite_from(document: Mapping[str, Any], known_tasks: Sequence[str]) -> Suite:
+    """The suite of a YAML document.
+
+    Raises: RequestError for an unknown setting, method or task, and for settings without effect.
+    """
+    raw = build(SuiteFile, document, "suite")
+    methods = {name: _method(name, value) for name, value in raw.methods.items()}
+    if not methods or not raw.tasks or raw.seeds < 1:
+        raise RequestError("a suite needs a method, a task and a seed at least")
+    if raw.table not in TABLES:
+        raise RequestError(f"unknown table '{raw.table}'{did_you_mean(raw.table, TABLES)}")
+    suite = Suite(
+        raw.title, raw.table, tuple(raw.tasks), tuple(range(raw.seeds)), methods, raw.reference,
+        build(Tuning, raw.tuning, "tuning"), None if raw.margin is None else build(Margin, raw.margin, "margin"),
+        None if raw.share_of is None else build(Gain, raw.share_of, "share_of"), raw.note,
+    )  # fmt: skip
+    _check(suite, known_tasks)
+    return suite
+
+
+def _method(name: str, value: Any) -> Method:
+    if not _NAME.fullmatch(name):
+        raise RequestError(f"a method's name is made of letters, digits and . + - _, not '{name}'")
+    if not isinstance(value, Mapping):
+        raise RequestError(f"methods.{name} must be a mapping of settings, not {value!r}")
+    try:
+        return build(Method, value, f"methods.{name}")
+    except RequestError as error:
+        text = str(error)
+        raise RequestError(text if f"methods.{name}" in text else f"methods.{name}: {text}") from None
+
+
+def _check(suite: Suite, known_tasks: Sequence[str]) -> None:
+    for task in (*suite.tasks, *suite.tuning_tasks):
+        if task not in known_tasks:
+            raise RequestError(f"unknown task '{task}'{did_you_mean(task, known_tasks)}")
+    for task in suite.tuning.tasks:
+        if task not in suite.tasks:
+            raise RequestError(f"tuning.tasks: '{task}' is not one of the suite's tasks; add it there")
+    if suite.tuning.seed not in suite.seeds:
+        raise RequestError(f"tuning.seed ({suite.tuning.seed}) is not one of the suite's seeds, 0 to {suite.seeds[-1]}")
+    named = {"reference": suite.reference}
+    for place, gain in (("margin", suite.margin), ("share_of", suite.share_of)):
+        if gain is not None:
+            named |= {f"{place}.base": gain.base, f"{place}.to": gain.to}
+    if suite.table == RATES:
+        given = [place for place, name in named.items() if name is not None]
+        if given:
+            raise RequestError(f"{given[0]} has no effect in a table of rates; leave it out")
+        return
+    if suite.reference is None:
+        raise RequestError("reference is missing: the method that the others are compared with")
+    for place, name in named.items():
+        if name not in suite.methods:
+            raise RequestError(f"{place}: unknown method '{name}'{did_you_mean(str(name), suite.methods)}")
