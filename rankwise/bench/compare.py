@@ -35,6 +35,7 @@ class Row:
     Args:
         name: of the method.
         seeds: those that it has on every task.
+        num_shared: of them, those that the reference has as well.
         loss: mean test loss; None where no seed is complete.
         difference: of the test loss from the reference's; None for the reference, and for fewer than two seeds.
         p: of the difference, corrected for the number of rows.
@@ -45,6 +46,7 @@ class Row:
 
     name: str
     seeds: tuple[int, ...]
+    num_shared: int
     loss: float | None = None
     difference: Interval | None = None
     p: float | None = None
@@ -127,8 +129,10 @@ def _row(name: str, losses: Losses, methods: Mapping[str, Losses], plan: Plan) -
     tasks = plan.tasks
     loss = mean_loss(losses, "test", tasks)
     valid, train = (mean_loss(losses, split, tasks) for split in ("valid", "train"))
+    seeds = complete_seeds(losses, tasks)
+    shared = {*seeds} & {*complete_seeds(methods[plan.reference], tasks)}
     row = Row(
-        name, complete_seeds(losses, tasks), loss, gap=None if valid is None or train is None else valid - train,
+        name, seeds, len(shared), loss, gap=None if valid is None or train is None else valid - train,
         share=_share(name, methods, plan), by_task=_by_task(losses, tasks),
     )  # fmt: skip
     if name == plan.reference:
@@ -174,10 +178,13 @@ def sentence(row: Row, plan: Plan) -> str:
     if row.verdict == REFERENCE:
         return f"{row.name} is what the others are compared with."
     if row.difference is None:
-        return f"{row.name} is undecided: {len(row.seeds)} of {plan.num_seeds} seeds have been run on every task."
+        return (
+            f"{row.name} is undecided: {row.num_shared} of {plan.num_seeds} seeds have been run on every task, for it "
+            f"and for {plan.reference}; {LEAST_SEEDS} are needed."
+        )
     found = row.difference
     size = f"{found.mean:+.4f} nats [{found.low:+.4f}, {found.high:+.4f}]"
-    few = f" (after {len(row.seeds)} of {plan.num_seeds} seeds)" if len(row.seeds) < plan.num_seeds else ""
+    few = f" (after {row.num_shared} of {plan.num_seeds} seeds)" if row.num_shared < plan.num_seeds else ""
     if row.verdict == BETTER:
         why = f"test loss {size}, p = {row.p:.2g} after Holm"
     elif row.verdict == NO_WORSE:

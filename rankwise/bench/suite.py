@@ -29,6 +29,7 @@ class Method:
         lr: a rate, or a grid of rates from which one is chosen on validation rows; none for `kind: base`.
         kind: what is trained, a key of `KINDS`.
         adapter: settings of the run file's section.
+        ranks: likewise.
         train: settings over those of the task, the rate apart.
     """
 
@@ -36,12 +37,14 @@ class Method:
     kind: str = ADAPTER
     adapter: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    ranks: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise RequestError(f"unknown kind '{self.kind}'{did_you_mean(self.kind, KINDS)}")
-        if self.adapter and self.kind != ADAPTER:
-            raise RequestError(f"adapter has no effect with kind: {self.kind}; leave it out")
+        for name, value in (("adapter", self.adapter), ("ranks", self.ranks)):
+            if value and self.kind != ADAPTER:
+                raise RequestError(f"{name} has no effect with kind: {self.kind}; leave it out")
         if (self.lr is None) != (self.kind == BASE):
             raise RequestError(
                 "lr has no effect with kind: base, which is not trained; leave it out"

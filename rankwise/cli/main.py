@@ -53,6 +53,9 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("rankwise.cli.chat", "a conversation in the terminal"),
     "runs": Command("rankwise.cli.runs", "the runs below a folder: status, steps, losses"),
     "inspect": Command("rankwise.cli.inspect", "ranks, sizes and norms of an adapter folder"),
+    "bench run": Command("rankwise.cli.bench", "the missing runs of a suite of experiments, into its store"),
+    "bench report": Command("rankwise.cli.bench_report", "a suite's table, with intervals, verdicts and a picture"),
+    "bench check": Command("rankwise.cli.bench_check", "stored runs again, compared to the last bit"),
 }
 
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}

@@ -195,6 +195,11 @@ def _plan(run: RunConfig, num_rows: int) -> LoopPlan:
     return LoopPlan(num_steps, rate, train.max_grad_norm, train.early_stopping)
 
 
+def loop_plan(run: RunConfig, data: RunData) -> LoopPlan:
+    """The steps of a run on these rows, and their rates."""
+    return _plan(run, data.rows_per_epoch)
+
+
 def optimizer_of(train: TrainConfig, model: PreTrainedModel) -> torch.optim.Optimizer:
     """A new optimizer over everything that is trained. Raises: RequestError for an LoRA+ ratio without effect."""
     faster = output_factors(model) if train.loraplus_ratio != 1.0 else set[str]()

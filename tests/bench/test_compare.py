@@ -125,7 +125,9 @@ def test_sentences_follow_from_the_rows(methods):
     assert rows["worse"].startswith("worse is worse than lora: test loss +0.0")
     assert rows["copy"].startswith("copy is no worse than lora: test loss +0.0000 nats [+0.0000, +0.0000]")
     assert rows["full"].startswith("full is better than lora: test loss -0.")
-    assert rows["late"] == "late is undecided: 1 of 6 seeds have been run on every task."
+    assert rows["late"] == (
+        "late is undecided: 1 of 6 seeds have been run on every task, for it and for lora; 2 are needed."
+    )
     assert "undecided against lora" in rows["noisy"] and "holds 0" in rows["noisy"]
     few = {row.name: sentence(row, plan_for(num_seeds=8)) for row in compare(methods, plan_for(num_seeds=8))}
     assert "(after 6 of 8 seeds)" in few["worse"]

@@ -1,0 +1,342 @@
+"""Runs the cells of a suite that the store has not got, each in a process of its own with one thread.
+
+A stopped run goes on where it was: what is finished is in the store, what was not is begun again. One runner at a time
+works on a store. A worker that fails, or dies, leaves a record of why; the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import multiprocessing.connection
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from statistics import fmean
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from rankwise.bench.store import CELL, DONE, FAILED, SAME, Contents, Record
+from rankwise.errors import RankwiseError, RequestError, counted
+from rankwise.recipes.bench import CELL_MODULE, THREADS, Bench, Cell, NotYet, open_bench
+from rankwise.recipes.provenance import source_commit, versions
+from rankwise.recipes.run import read_run, run_document
+from rankwise.say import Say, silent, to_stderr
+from rankwise.train.log import clock
+
+ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass
+class Worker:
+    """A process at work on a cell."""
+
+    cell: Cell
+    process: Any
+    results: Any
+    lifeline: Any
+    """Held open: the worker ends when it closes, however the runner comes to its end."""
+    began: float = field(default_factory=time.monotonic)
+
+
+def bench_run(
+    name: str, only: Sequence[str] = (), num_workers: int = 2, retry_failed: bool = False, limit: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs what is missing of a suite: `run`, `failed` (names), `left`, `waiting` (methods without a rate), `time_s`.
+
+    Args:
+        name: of the suite, or its file.
+        only: patterns of `method/task/seed`; none takes all.
+        num_workers: processes at a time.
+        retry_failed: also cells that have failed before by the same code.
+        limit: no more cells than this.
+        quiet: print nothing on stderr.
+
+    Raises: RequestError for a suite that can't be run, or a store that another runner is working on.
+    """
+    bench = open_bench(name)
+    runner = Runner(bench, only, num_workers, retry_failed, limit, silent if quiet else to_stderr)
+    began = time.monotonic()
+    with _alone(bench):
+        runner.work()
+    known = bench.store.read()
+    result: dict[str, Any] = {
+        "suite": bench.name,
+        "store": str(bench.store.path),
+        "run": runner.num_run,
+        "failed": [cell.name for cell in runner.failed],
+        "left": runner.num_left(known),
+        "waiting": runner.waiting(known),
+        "time_s": time.monotonic() - began,
+    }
+    if runner.failed:
+        text = f"{counted(len(runner.failed), 'cell')} failed ({runner.failed[0].name}, ...); the store says why"
+        result["error"] = {"code": 1, "message": text}
+    return result
+
+
+@contextlib.contextmanager
+def _alone(bench: Bench) -> Iterator[None]:
+    """Holds the store for one runner. Raises: RequestError when another one is at work."""
+    path = bench.store.path
+    lock = FileLock(f"{path}.runner.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RequestError(f"another run is at work on '{path}'; wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Runner:
+    """Hands out cells to workers until none is left. Arguments: as of `bench_run`."""
+
+    def __init__(
+        self, bench: Bench, only: Sequence[str], num_workers: int, retry_failed: bool, limit: int | None, say: Say
+    ) -> None:
+        self.bench, self.only, self.num_workers, self.say = bench, only, num_workers, say
+        self.retry_failed, self.limit = retry_failed, limit
+        self.failed: list[Cell] = []
+        self.num_run = 0
+        self.durations: list[float] = []
+
+    def work(self) -> None:
+        """Until nothing is left that can be run."""
+        known = self.bench.store.read()
+        if known.torn:
+            self.say(f"note: the store ends in a line that was cut off ({known.torn} bytes); it is dropped")
+        first = self.num_left(known)
+        self.say(f"{self.bench.name}: {counted(first, 'cell')} to run, code {self.bench.code.name}")
+        workers: list[Worker] = []
+        try:
+            while True:
+                for cell in self.pending(known, workers)[: self.num_workers - len(workers)]:
+                    workers.append(start(cell))
+                if not workers:
+                    return
+                for worker in finished(workers):
+                    workers.remove(worker)
+                    self.take(worker)
+                known = self.bench.store.read()
+                self.say_left(known)
+        finally:
+            for worker in workers:
+                worker.process.terminate()
+                worker.process.join()
+
+    def pending(self, known: Contents, workers: Sequence[Worker] = ()) -> list[Cell]:
+        """Cells to run next, best first."""
+        busy = {worker.cell.identity for worker in workers} | {cell.identity for cell in self.failed}
+        found = [
+            cell
+            for cell in self.bench.plan(known, self.only)
+            if cell.identity not in busy
+            and not self.bench.is_done(cell, known)
+            and (self.retry_failed or self.bench.failed(cell, known) is None)
+        ]
+        room = len(found) if self.limit is None else self.limit - self.num_run - len(self.failed) - len(workers)
+        return found[: max(room, 0)]
+
+    def take(self, worker: Worker) -> None:
+        """Writes down what a worker has found, or why it has not."""
+        seconds = time.monotonic() - worker.began
+        outcome = outcome_of(worker)
+        line = line_of(self.bench, worker.cell, outcome, seconds)
+        self.bench.store.append(line, self.bench.code.name, self.bench.code.files)
+        if outcome["status"] == FAILED:
+            self.failed.append(worker.cell)
+            self.say(f"{worker.cell.name} failed: {outcome['reason']}")
+            return
+        self.num_run += 1
+        self.durations.append(seconds)
+        valid, test = (fmean(outcome["losses"][split]) for split in ("valid", "test"))
+        self.say(f"{worker.cell.name}: valid {valid:.4f}, test {test:.4f}, {clock(seconds)}")
+
+    def num_left(self, known: Contents) -> int:
+        """Cells still to run, those included whose rate is not chosen yet."""
+        left = len(self.pending(known))
+        suite = self.bench.suite
+        # of a grid, the cells at the rate that will be chosen are counted already
+        left += len(self.waiting(known)) * (len(suite.seeds) * len(suite.tasks) - len(suite.tuning_tasks))
+        return left if self.limit is None else min(left, max(self.limit - self.num_run - len(self.failed), 0))
+
+    def waiting(self, known: Contents) -> list[str]:
+        """Methods whose rate can't be chosen yet."""
+        found = []
+        for method in self.bench.suite.methods:
+            try:
+                self.bench.chosen_rate(method, known)
+            except NotYet:
+                found.append(method)
+        return found
+
+    def say_left(self, known: Contents) -> None:
+        """How much is left, and how long that takes at the speed so far."""
+        left = self.num_left(known)
+        if left and self.durations:
+            seconds = fmean(self.durations) * left / self.num_workers
+            self.say(f"{counted(left, 'cell')} left, about {clock(seconds)}")
+
+
+def start(cell: Cell) -> Worker:
+    """A process that computes the cell, forked from a server that has loaded what every cell needs."""
+    for name in ONE_THREAD:
+        os.environ[name] = str(THREADS)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([CELL_MODULE])
+    ours, results = context.Pipe(duplex=False)
+    end, lifeline = context.Pipe(duplex=False)
+    process = context.Process(target=compute, args=(results, end, run_document(cell.run), cell.kind), daemon=True)
+    process.start()
+    results.close()
+    end.close()
+    return Worker(cell, process, ours, lifeline)
+
+
+def finished(workers: Sequence[Worker]) -> list[Worker]:
+    """Waits until one of them has a result, or is dead; returns those."""
+    waited = {worker.results: worker for worker in workers} | {worker.process.sentinel: worker for worker in workers}
+    ready = multiprocessing.connection.wait(list(waited))
+    return list({id(waited[item]): waited[item] for item in ready}.values())  # type: ignore[index]
+
+
+def outcome_of(worker: Worker) -> Mapping[str, Any]:
+    """What the worker sent, or that it died."""
+    try:
+        outcome: Mapping[str, Any] = worker.results.recv()
+    except EOFError:
+        worker.process.join()
+        code = worker.process.exitcode
+        why = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        return {"status": FAILED, "reason": f"the worker died with {why} (out of memory?)"}
+    worker.process.join()
+    return outcome
+
+
+def compute(results: Connection, end: Connection, document: dict[str, Any], kind: str) -> None:
+    """What a worker does: one cell, its outcome sent back whatever happens; over when the runner is."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's: it ends its workers
+    threading.Thread(target=_end_with, args=(end,), daemon=True).start()
+    import torch
+
+    from rankwise.recipes.bench_cell import run_cell
+    from rankwise.train.log import peak_memory_bytes
+
+    torch.set_num_threads(THREADS)
+    load = os.getloadavg()[0]
+    began = time.process_time()
+    try:
+        outcome = run_cell(read_run(document), kind)
+    except RankwiseError as error:
+        results.send({"status": FAILED, "reason": error.message})
+        return
+    except Exception as error:  # noqa: BLE001 (whatever it is, the store says it, and the other cells go on)
+        results.send({"status": FAILED, "reason": " ".join(f"{type(error).__name__}: {error}".split())})
+        return
+    outcome["figures"] |= {
+        "cpu_s": round(time.process_time() - began, 2),
+        "peak_memory_bytes": peak_memory_bytes(torch.device("cpu")),
+        "load_average": round(load, 2),
+    }
+    results.send({"status": DONE, **outcome})
+
+
+def _end_with(end: Connection) -> None:
+    """Ends this process when the other end of the pipe is closed."""
+    end.poll(None)
+    os._exit(1)
+
+
+def line_of(bench: Bench, cell: Cell, outcome: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """The store's line about a cell."""
+    line = {
+        "kind": CELL, "cell": cell.identity, "family": cell.family, "code": bench.code.name, "name": cell.name,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"), "settings": cell.settings,
+        "versions": versions(), "commit": source_commit(), "machine": machine(), **outcome,
+    }  # fmt: skip
+    if line["status"] == DONE:
+        line["figures"] = {**outcome["figures"], "wall_s": round(seconds, 2)}
+    return line
+
+
+def machine() -> str:
+    """The processor's name, and how many there are."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    return f"{name}, {counted(os.cpu_count() or 1, 'core')}"
+
+
+# --- the same again --------------------------------------------------------------------------------------------------
+
+
+def bench_check(name: str, only: Sequence[str] = (), quiet: bool = False) -> dict[str, Any]:
+    """Runs stored cells again and compares every loss, to the last bit: `cells`, a list of `{cell, exact, ...}`.
+
+    Without `only`, the quickest cell of each method. Where the stored result is of older code and all is the same, the
+    store notes that for the method: its results are then no longer stale.
+
+    Raises: RequestError for a suite that can't be read, one that has no finished cells, or a store in use.
+    """
+    bench = dataclasses.replace(open_bench(name), accepts_stale=True)
+    say = silent if quiet else to_stderr
+    with _alone(bench):
+        known = bench.store.read()
+        chosen = _to_check(bench, known, only)
+        if not chosen:
+            raise RequestError(f"no finished cell of '{bench.name}' to run again; run the suite first")
+        compared = [_compared(bench, cell, record, say) for cell, record in chosen]
+        for old in sorted({record.code for _, record in chosen} - {bench.code.name}):
+            of_old = [
+                (entry, record) for entry, (_, record) in zip(compared, chosen, strict=True) if record.code == old
+            ]
+            differing = {record.family for entry, record in of_old if not entry["exact"]}
+            families = sorted({record.family for _, record in of_old} - differing)
+            if families:
+                cells = [entry["cell"] for entry, record in of_old if record.family in families]
+                line = {"kind": SAME, "old": old, "new": bench.code.name, "families": families, "cells": cells}
+                bench.store.append(line, bench.code.name, bench.code.files)
+    result: dict[str, Any] = {"suite": bench.name, "code": bench.code.name, "cells": compared}
+    unlike = [entry["cell"] for entry in compared if not entry["exact"]]
+    if unlike:
+        text = f"{counted(len(unlike), 'cell')} came out otherwise than stored: {', '.join(unlike)}"
+        result["error"] = {"code": 1, "message": text}
+    return result
+
+
+def _to_check(bench: Bench, known: Contents, only: Sequence[str]) -> list[tuple[Cell, Record]]:
+    found = [(cell, bench.usable(cell, known)) for cell in bench.plan(known, only)]
+    there = [(cell, record) for cell, record in found if record is not None]
+    if only:
+        return there
+    quickest: dict[str, tuple[Cell, Record]] = {}
+    for cell, record in sorted(there, key=lambda pair: pair[1].figures["cpu_s"]):
+        quickest.setdefault(record.family, (cell, record))
+    return list(quickest.values())
+
+
+def _compared(bench: Bench, cell: Cell, record: Record, say: Say) -> dict[str, Any]:
+    outcome = outcome_of(start(cell))
+    entry: dict[str, Any] = {"cell": cell.name, "stored_code": record.code}
+    if outcome["status"] == FAILED:
+        entry |= {"exact": False, "reason": outcome["reason"]}
+    else:
+        pairs = [
+            (old, new)
+            for split, losses in record.losses.items()
+            for old, new in zip(losses, outcome["losses"][split], strict=True)
+        ]
+        entry |= {"exact": all(old == new for old, new in pairs), "max_abs_diff": max(abs(o - n) for o, n in pairs)}
+    say(f"{cell.name}: " + ("the same to the last bit" if entry["exact"] else f"differs: {entry}"))
+    return entry
