@@ -89,7 +89,7 @@ def test_a_growth_makes_no_jump_and_the_rates_go_on(
     assert [line["lr"] for line in metrics(tmp_path / "out")] == [line["lr"] for line in metrics(straight)]
 
 
-@pytest.mark.parametrize("stop", [3, 4, 5, 8])
+@pytest.mark.parametrize("stop", [4, 5])
 def test_going_on_is_the_straight_run_wherever_it_stopped(files: Path, tmp_path: Path, grown: Path, stop: int) -> None:
     run = growing(files, tmp_path / "halves")
     with pytest.raises(Interrupted):
@@ -174,11 +174,14 @@ def test_a_nested_run_is_cut_at_no_cost(files: Path, tmp_path: Path) -> None:
     "changes",
     [
         {"ranks": {"measure": "gradient", "where": "top-5", "every": 2}, "train": {"gradient_checkpointing": True}},
-        {"adapter": {"use_dora": True, "init_lora_weights": "pissa", "use_rslora": True}},
-        {"ranks": {"every": "1 epoch", "where": "saturated"}, "data": {"packing": False}},
+        {
+            "ranks": {"every": "1 epoch", "where": "saturated"},
+            "data": {"packing": False},
+            "adapter": {"use_dora": True, "init_lora_weights": "pissa", "use_rslora": True},
+        },
         {"ranks": {"alpha": "scale", "where": "top-5"}, "train": {"precision": "bf16", "optimizer": "adamw-fused"}},
     ],
-    ids=["gradient-checkpointing", "dora-pissa", "epochs-saturated", "one-scale-bf16-fused"],
+    ids=["gradient-checkpointing", "dora-pissa-epochs-saturated", "one-scale-bf16-fused"],
 )
 def test_going_on_with_all_that_is_kept_by_parameter(files: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     train(growing(files, tmp_path / "straight", **changes), quiet=True)
