@@ -217,7 +217,7 @@ def rank_hint(
         "r" in adapter
         or FROM in adapter
         or adapter.get("rank_pattern")
-        or document.get("ranks", {}) not in ({}, {"policy": "fixed"})
+        or (document.get("ranks") or {}).get("policy", "fixed") != "fixed"
     ):
         return None
     return (
