@@ -33,8 +33,9 @@ def show(result: dict[str, Any]) -> None:
         console.print(f"no runs in '{result['folder']}' or below", highlight=False, markup=False)
         return
     table = Table(title=f"{counted(len(result['runs']), 'run')} in {result['folder']}")
-    for heading in ("run", "status", "step", "best valid loss", "loss", "when"):
-        table.add_column(heading, justify="left" if heading in ("run", "status", "when") else "right")
+    for heading in ("run", "status", "step", "best valid", "loss", "when"):
+        justify = "left" if heading in ("run", "status", "when") else "right"
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading != "run")
     for row in result["runs"]:
         losses = ["" if row[name] is None else f"{row[name]:.4f}" for name in ("best_valid_loss", "final_loss")]
         when = (row["when"] or "")[:16].replace("T", " ")
