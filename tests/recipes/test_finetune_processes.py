@@ -157,20 +157,6 @@ def test_a_checkpoint_loads_with_another_number_of_processes(
     assert largest_difference(tmp_path / "halves", tmp_path / "straight") < TOLERANCE
 
 
-@pytest.mark.slow
-def test_a_run_of_two_processes_goes_on_with_four(models: Path, tmp_path: Path, two_processes: Processes) -> None:
-    straight, halves = (run_of(models, tmp_path / name, {}, steps=8) for name in ("straight", "halves"))
-    train(straight, quiet=True)
-    two_processes(train_here, halves, False, 3)
-    four = Processes(4)
-    try:
-        resumed = four(train_here, run_of(models, tmp_path / "halves", {}, steps=8, sharding="full"), True)
-    finally:
-        four.stop()
-    assert [summary["resumed_from"] for summary in resumed] == [3] * 4 and len({str(one) for one in resumed}) == 1
-    assert largest_difference(tmp_path / "halves", tmp_path / "straight") < TOLERANCE
-
-
 @pytest.mark.parametrize("name", OBJECTIVE_CASES)
 def test_every_objective_its_base_spread_if_it_can_be(name: str, tmp_path: Path, two_processes: Processes) -> None:
     case = OBJECTIVE_CASES[name]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from rankwise.cli.main import main
 from rankwise.errors import RequestError, WorkError, WriteError
-from rankwise.recipes import finetune
+from rankwise.recipes import best
 from rankwise.recipes import resume as resume_module
 from rankwise.recipes.finetune import train
 from rankwise.train import objectives, state
@@ -279,7 +279,7 @@ def test_a_result_that_can_not_be_written_is_there_after_resuming(files: Path, s
         raise WriteError(str(folder), "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(WorkError, match=r"out/adapter'.*step-12', go on with"):
-        patch.setattr(finetune, "save_adapter", full)
+        patch.setattr(best, "save_adapter", full)
         train(settings(files, tmp_path / "out"), quiet=True)
     assert not (tmp_path / "out" / "summary.json").exists()
     train(settings(files, tmp_path / "out"), resume=True, quiet=True)
