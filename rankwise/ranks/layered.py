@@ -59,8 +59,8 @@ def _known(pattern: str, names: Sequence[str], say: Callable[[str], None]) -> st
             return "|".join(parts)
     kinds = layer_kinds(names)
     close = nearest(pattern, kinds)
-    first = f"; did you mean {' or '.join(repr(kind) for kind in close)}?" if close else ""
-    raise RequestError(f"ranks.plan['{pattern}'] fits no adapted layer{first} Names that fit: {', '.join(kinds)}")
+    first = f"did you mean {' or '.join(repr(kind) for kind in close)}? Names" if close else "names"
+    raise RequestError(f"ranks.plan['{pattern}'] fits no adapted layer; {first} that fit: {', '.join(kinds)}")
 
 
 def layer_kinds(names: Iterable[str]) -> list[str]:
