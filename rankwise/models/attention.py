@@ -168,6 +168,12 @@ def _proven_mode(model: PreTrainedModel) -> PackingMode:
     failures: list[str] = []
     with undisturbed(model):
         alone = [backbone(model)(input_ids=ids)[0] for ids in rows]
+        if not all(bool(output.isfinite().all()) for output in alone):
+            raise RequestError(
+                f"{type(model).__name__} gives inf or nan for a row of a few tokens: its weights or its adapter hold "
+                f"such numbers, or {str(model.dtype).removeprefix('torch.')} is too narrow for it; load another, or "
+                "set train.precision=fp32"
+            )
         as_one_sample = {"input_ids": packed.input_ids, "attention_mask": torch.ones_like(packed.input_ids)}
         mixed = _packed_error(model, as_one_sample, alone)
         bound = min(_TOLERANCES.get(alone[0].dtype, 1e-4), mixed / 10)

@@ -239,7 +239,7 @@ def test_refused_in_one_line_with_the_model_as_it_was(build, options, message):
         ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern['q_proj'] must be above 0"),
         ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1, not 1.0"),
         ({"init_lora_weights": "pisa"}, "unknown init_lora_weights 'pisa'; did you mean 'pissa'?"),
-        ({"init_lora_weights": "eva"}, "unknown init_lora_weights 'eva'"),
+        ({"init_lora_weights": "corda"}, "unknown init_lora_weights 'corda'"),
         ({"init_lora_weights": "pissa_niter_x"}, "iterations must be a positive whole number"),
         ({"init_lora_weights": "pissa", "init_scale": 2.0}, "init_scale has no effect"),
         ({"init_scale": 0.0}, "init_scale must be above 0"),

@@ -220,6 +220,14 @@ def test_a_model_that_carries_state_across_samples_is_refused():
         packing_mode(model)
 
 
+def test_numbers_that_are_not_finite_are_not_blamed_on_packing():
+    model = tiny.llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(RequestError, match=r"LlamaForCausalLM gives inf or nan .*float32 is too narrow"):
+        packing_mode(model)
+
+
 def test_chunked_attention_is_packed_by_its_own_mask():
     """Its chunks count from the start of a row, so their blocks of a packed mask are wrong, however short the probe."""
     config = transformers.Llama4TextConfig(

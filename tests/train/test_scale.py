@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from rankwise.adapters.config import LoraConfig
 from rankwise.attach.inject import adapter_parameters, attach
 from rankwise.errors import WorkError
+from rankwise.models.attention import packing_mode
 from rankwise.train.loop import LoopPlan, Progress, Step, accumulate, fit
 from rankwise.train.objectives import TOKENS
 from rankwise.train.optim import optimizer_state
@@ -127,6 +128,7 @@ def test_without_a_scale_it_is_an_error() -> None:
 
 def test_a_loss_that_is_not_finite_is_an_error_in_fp16_too() -> None:
     model = adapted()
+    packing_mode(model)  # proven while the numbers are finite
     with torch.no_grad():
         next(iter(adapter_parameters(model).values())).fill_(float("inf"))
     with pytest.raises(WorkError, match="step 1: the loss is nan"):
