@@ -80,7 +80,7 @@ def test_decoding_and_fused_passes_use_the_prefix_too():
         assert torch.allclose(model(ids).logits, one, atol=1e-6)
         for layer in ranked_layers(model).values():
             layer.lora_A[2:] = 7.0
-        assert torch.equal(model(ids).logits, one) or torch.allclose(model(ids).logits, one, atol=1e-6)
+        assert torch.allclose(model(ids).logits, one, atol=1e-6)
 
 
 def test_prefixes_are_drawn_evenly_and_again_the_same():
