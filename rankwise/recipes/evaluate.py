@@ -20,13 +20,13 @@ from rankwise.data.loaded import Loaded
 from rankwise.data.loader import load_examples
 from rankwise.data.rows import Findings, iter_rows
 from rankwise.data.templates import stop_token_ids
-from rankwise.errors import RequestError, did_you_mean
+from rankwise.errors import RequestError
 from rankwise.evaluate.answers import LOSS_METRICS, METRICS, check_metrics, score
 from rankwise.evaluate.generate import generate_answers
 from rankwise.evaluate.perplexity import measure_loss
+from rankwise.recipes.evaluate_config import EvaluateConfig
 from rankwise.recipes.evaluate_heads import check_head_metrics, evaluate_head, is_head
 from rankwise.recipes.target import Target, find_target, open_target, target_tokenizer
-from rankwise.train.config import SHARDINGS
 from rankwise.train.needs import NEEDS
 from rankwise.train.objective import Objective
 from rankwise.train.objectives import OBJECTIVES, objective_of
@@ -35,38 +35,6 @@ from rankwise.train.preference import REWARD_ACCURACY
 DEFAULT_NEW_TOKENS = 128
 FIGURE_NAMES = {REWARD_ACCURACY: "accuracy"}
 """What results call a figure of an objective's meter, where it is not the same."""
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Settings of an evaluation.
-
-    Args:
-        data: the data file; None takes the run's test file, or its valid file.
-        metrics: names; None takes all that the data allows.
-        rows: the first so many rows; None takes all.
-        batch_size: rows at a time.
-        max_new_tokens: the longest answer; None takes 128.
-        precision: fp32, bf16 or auto.
-        max_length, chat_template: in place of the run's, or of the defaults.
-        copy: whether the prompt itself is scored as an answer too.
-        sharding: of the model among several processes: as `train.sharding` of a run.
-    """
-
-    data: str | None = None
-    metrics: tuple[str, ...] | None = None
-    rows: int | None = None
-    batch_size: int = 16
-    max_new_tokens: int | None = None
-    precision: str = "auto"
-    max_length: int | None = None
-    chat_template: str | None = None
-    copy: bool = False
-    sharding: str = "none"
-
-    def __post_init__(self) -> None:
-        if self.sharding not in SHARDINGS:
-            raise RequestError(f"unknown sharding '{self.sharding}'{did_you_mean(self.sharding, SHARDINGS)}")
 
 
 @dataclass(frozen=True)
@@ -116,8 +84,9 @@ def evaluate(
 def _evaluate(name: str, config: EvaluateConfig, base: str | None, device: str, progress: bool) -> dict[str, Any]:
     with distributed.together():
         target = find_target(name, base, device, config.chat_template)
-        if is_head(target):
-            return _of_head(target, config, progress)
+    if is_head(target):
+        return _of_head(target, config, progress)
+    with distributed.together():
         wanted = None if config.metrics is None else check_metrics(config.metrics)
         file, data = _data(target, config)
         tokenizer = target_tokenizer(target)
@@ -182,8 +151,6 @@ def _data(target: Target, config: EvaluateConfig) -> tuple[str | list[str], Data
 
 def _of_head(target: Target, config: EvaluateConfig, progress: bool) -> dict[str, Any]:
     """The document of a classifier or an embedding model, which answers no questions."""
-    if distributed.world_size() > 1:
-        raise RequestError(f"'{target.name}' is for {target.objective}, evaluated by one process: leave torchrun out")
     given = {
         "--copy": config.copy, "--max-new-tokens": config.max_new_tokens, "--chat-template": config.chat_template,
     }  # fmt: skip
@@ -192,7 +159,7 @@ def _of_head(target: Target, config: EvaluateConfig, progress: bool) -> dict[str
             raise RequestError(f"{flag} has no effect: '{target.name}' is for {target.objective} and writes no answers")
     metrics = check_head_metrics(target, config.metrics)
     file, data = _data(target, config)
-    measured = evaluate_head(target, data, metrics, config.rows, config.batch_size, config.precision, progress)
+    measured = evaluate_head(target, data, metrics, config, progress)
     return {"target": target.name, "kind": target.kind, "data": file, **measured}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rankwise import distributed
 from rankwise.attach.inject import disabled
 from rankwise.data.config import DataConfig
 from rankwise.data.formats import FORMATS
@@ -22,7 +23,9 @@ from rankwise.models.heads import class_losses, decided, head_logits
 from rankwise.models.label_batch import LabelBatch
 from rankwise.models.labels import Labels
 from rankwise.models.load import new_modules
-from rankwise.recipes.target import Opened, Target, open_target, target_head
+from rankwise.recipes.evaluate_config import EvaluateConfig
+from rankwise.recipes.processes import check_spread
+from rankwise.recipes.target import Opened, Target, open_target, target_head, target_tokenizer
 from rankwise.train.config import DEFAULT_POOLING, DEFAULT_TEMPERATURE
 from rankwise.train.objective import Meter, Objective
 from rankwise.train.objectives import OBJECTIVES, contrastive
@@ -50,16 +53,16 @@ def check_head_metrics(target: Target, names: Sequence[str] | None) -> tuple[str
 
 
 def evaluate_head(
-    target: Target, data: DataConfig, metrics: Sequence[str], rows: int | None, batch_size: int, precision: str,
-    progress: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """The part of the document of `rankwise evaluate` that is measured.
+    target: Target, data: DataConfig, metrics: Sequence[str], config: EvaluateConfig, progress: bool
+) -> dict[str, Any]:
+    """The part of the document of `rankwise evaluate` that is measured, by all processes on their shares of the rows.
 
-    Raises: RequestError for rows of another kind, or labels that the target does not have.
+    Raises: RequestError for rows of another kind, labels that the target does not have, or a model that can't be
+    spread as `config` says.
     """
+    check_spread(OBJECTIVES[target.objective], target.objective, config.sharding)
     head = target_head(target)
     labels = head.labels if head is not None else None
-    opened = open_target(target, precision)
 
     def check(format: str, why: str) -> None:
         held = next((FORMATS[n].rows for n in format.split(", ") if FORMATS[n].rows != target.needs.rows), None)
@@ -69,16 +72,21 @@ def evaluate_head(
                 f"({why})"
             )
 
-    loaded = load_examples(data.train_paths, opened.tokenizer, data, target.needs.layout, check=check, labels=labels)
+    with distributed.together():
+        tokenizer = target_tokenizer(target)
+        loaded = load_examples(data.train_paths, tokenizer, data, target.needs.layout, check=check, labels=labels)
     for line in (*(f"note: {note}" for note in loaded.notes), *(f"warning: {text}" for text in loaded.warnings)):
-        print(line, file=sys.stderr)
-    examples = list(loaded.examples[:rows])
+        _print(line)
+    opened = open_target(target, config.precision, config.sharding)
+    examples = list(loaded.examples[: config.rows])
     results: list[dict[str, Any]] = []
     for name in ("base", "adapter") if target.adapter is not None else (target.name,):
-        results.append({"target": name, **_figures(opened, examples, labels, name == "base", batch_size, progress)})
+        results.append(
+            {"target": name, **_figures(opened, examples, labels, name == "base", config.batch_size, progress)}
+        )
     if target.adapter is not None and new_modules(opened.model) and labels is not None:
         results[0]["untrained_head"] = True
-        print("note: the base has no head of its own: its figures are of an untrained one", file=sys.stderr)
+        _print("note: the base has no head of its own: its figures are of an untrained one")
     asked = {"target", "untrained_head", *metrics}
     return {
         "rows": len(examples), "precision": opened.precision, "truncated": loaded.num_truncated,
@@ -104,10 +112,10 @@ def _figures(
             opened.model, contrastive(pooling, temperature), examples, pad_id, batch_size, False, progress
         )
         return {"loss": found.loss, **found.figures}
-    answers: list[Said] = []
-    truths: list[Said] = []
-    objective = _noting(OBJECTIVES[opened.target.objective], answers, truths)
+    notes = Notes()
+    objective = _noting(OBJECTIVES[opened.target.objective], notes)
     found = measure_loss(opened.model, objective, examples, pad_id, batch_size, False, progress)
+    answers, truths = notes.of_all()
     is_tagged = opened.target.objective == "token-classification"
     return {
         "loss": found.loss,
@@ -116,7 +124,33 @@ def _figures(
     }
 
 
-def _noting(objective: Objective, answers: list[Said], truths: list[Said]) -> Objective:
+def _print(line: str) -> None:
+    if distributed.is_first():
+        print(line, file=sys.stderr)
+
+
+class Notes(Meter):
+    """What the head said of each row, and what is true; no figures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._answers: list[Said] = []
+        self._truths: list[Said] = []
+
+    def note(self, said: Any, true: Any) -> None:
+        """Takes one row in: a class, one number for each class, or one class for each tagged word."""
+        if self.is_closed:
+            return
+        self._answers.append(said if isinstance(said, list) else [said])
+        self._truths.append(true if isinstance(true, list) else [true])
+
+    def of_all(self) -> tuple[list[Said], list[Said]]:
+        """Answers and truths of the rows of all processes."""
+        shares = distributed.gathered((self._answers, self._truths))
+        return [a for answers, _ in shares for a in answers], [t for _, truths in shares for t in truths]
+
+
+def _noting(objective: Objective, notes: Notes) -> Objective:
     """The objective, whose losses note what the head says of each row and what is true."""
 
     def losses(model: PreTrainedModel, batch: LabelBatch) -> Tensor:
@@ -124,11 +158,9 @@ def _noting(objective: Objective, answers: list[Said], truths: list[Said]) -> Ob
         for said, true in zip(decided(logits, batch).tolist(), batch.targets.tolist(), strict=True):
             if batch.is_tagged:
                 kept = [place for place, target in enumerate(true) if target != IGNORED]
-                answers.append([said[place] for place in kept])
-                truths.append([true[place] for place in kept])
+                notes.note([said[place] for place in kept], [true[place] for place in kept])
             else:
-                answers.append(said if isinstance(said, list) else [said])
-                truths.append(true if isinstance(true, list) else [true])
+                notes.note(said, true)
         return class_losses(logits, batch)
 
-    return dataclasses.replace(objective, losses=losses, meter=Meter())
+    return dataclasses.replace(objective, losses=losses, meter=notes)

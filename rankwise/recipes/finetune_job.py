@@ -96,7 +96,7 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     with distributed.together():
         device = choose_device(run.model.device)
         check_task(run.model, run.train.needs.task)
-        check_spread(run.train)
+        check_spread(objective_of(run.train), run.train.objective, run.train.sharding)
         data = load_data(run, say)
         hashes = data_hashes(run.data)
         least = _least_precision(run)

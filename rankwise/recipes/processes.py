@@ -15,7 +15,7 @@ from rankwise.errors import RequestError
 from rankwise.models.sharding import shard
 from rankwise.recipes.provenance import joined_hash
 from rankwise.train.config import TrainConfig
-from rankwise.train.objectives import objective_of
+from rankwise.train.objective import Objective
 
 SAMPLE = 4096
 """Entries of each weight of a base that is to be spread, by which processes compare it before it is cut."""
@@ -36,13 +36,12 @@ def num_shares(sharding: str) -> int:
     return distributed.world_size() if sharding == "full" else 1
 
 
-def check_spread(train: TrainConfig) -> None:
-    """Raises: RequestError for an objective whose losses need the whole step's rows, on a base that is spread."""
-    spreads = train.sharding != "none" and distributed.world_size() > 1
-    if spreads and objective_of(train).step_losses is not None:
+def check_spread(objective: Objective, name: str, sharding: str) -> None:
+    """Raises: RequestError for an objective whose losses need all rows at once, on a base that is spread."""
+    if sharding != "none" and distributed.world_size() > 1 and objective.step_losses is not None:
         raise RequestError(
-            f"train.sharding: {train.sharding} does not work with train.objective: {train.objective}, which encodes "
-            "every text twice, differently often on each process; set it to none"
+            f"sharding: {sharding} does not work with the objective {name}, which encodes every text twice, "
+            "differently often on each process; set it to none"
         )
 
 

@@ -73,6 +73,11 @@ class Meter:
         row = self._sums[self.names.index(name)]
         row += torch.tensor([float(values.detach().double().sum()), values.numel()], dtype=torch.float64)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether what is computed now is of no account."""
+        return self._is_closed
+
     @contextlib.contextmanager
     def closed(self) -> Iterator[None]:
         """In the block, nothing is taken in: the losses are those of a batch of no account."""

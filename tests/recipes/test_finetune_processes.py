@@ -247,3 +247,17 @@ def test_ranks_from_data_are_those_of_one_process(models: Path, tmp_path: Path, 
     alone = _planned({**run_of(models, tmp_path / "one", {}, **changes), "ranks": ranks, "adapter": adapter})
     run = {**run_of(models, tmp_path / "two", {}, sharding="full", **changes), "ranks": ranks, "adapter": adapter}
     assert two_processes(_planned, run) == [alone, alone] and len(set(alone.values())) > 1
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_with_four(models: Path, tmp_path: Path, two_processes: Processes) -> None:
+    straight, halves = (run_of(models, tmp_path / name, {}, steps=8) for name in ("straight", "halves"))
+    train(straight, quiet=True)
+    two_processes(train_here, halves, False, 3)
+    four = Processes(4)
+    try:
+        resumed = four(train_here, run_of(models, tmp_path / "halves", {}, steps=8, sharding="full"), True)
+    finally:
+        four.stop()
+    assert [summary["resumed_from"] for summary in resumed] == [3] * 4 and len({str(one) for one in resumed}) == 1
+    assert largest_difference(tmp_path / "halves", tmp_path / "straight") < TOLERANCE

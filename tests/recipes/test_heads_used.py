@@ -13,9 +13,12 @@ import transformers
 
 import rankwise as rw
 from rankwise.cli.main import main
+from rankwise.errors import RequestError
 from rankwise.models.labels import Labels
+from rankwise.recipes.evaluate import EvaluateConfig, evaluate
 from rankwise.recipes.finetune import train
 from tests import tiny
+from tests.processes import Processes
 from tests.train.labelled import KINDS, OBJECTIVE, rows, write
 
 METRICS = {"pairs": {"loss", "recall_at_1", "mrr"}}
@@ -69,6 +72,27 @@ def test_evaluated_beside_its_base(kind: str, run: Path, capsys: pytest.CaptureF
             assert adapter[name] == pytest.approx(lines[-1][f"valid_{name}"])
     again = told(capsys, "evaluate", run, "--precision", "fp32", "--device", "cpu")[1]
     assert again == document  # an untrained head is the same each time
+
+
+def evaluated(run: str, sharding: str = "none") -> dict[str, Any] | str:
+    """A case for several processes: batches of two rows, so that shares are uneven."""
+    try:
+        return evaluate(run, EvaluateConfig(precision="fp32", batch_size=2, sharding=sharding), device="cpu")
+    except RequestError as error:
+        return error.message
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_processes_see_what_one_sees(kind: str, run: Path, two_processes: Processes, sharding: str) -> None:
+    first, second = two_processes(evaluated, str(run), sharding)
+    assert first == second
+    if kind == "pairs" and sharding == "full":
+        assert isinstance(first, str) and "sharding: full does not work with the objective embedding" in first
+        return
+    alone = evaluated(str(run))
+    assert isinstance(first, dict) and isinstance(alone, dict) and first["rows"] == alone["rows"] == 9
+    for one, other in zip(first["results"], alone["results"], strict=True):
+        assert one.pop("target") == other.pop("target") and one == pytest.approx(other, abs=1e-5)
 
 
 def test_a_copied_adapter_knows_its_head(
