@@ -179,6 +179,7 @@ def test_json_fields_are_described(run, document, tmp_path):
         "data preview": document("data", "preview", run / "run.yaml"),
         "evaluate": document("evaluate", run, "--rows", 2, *speed),
         "merge": document("merge", run, "--out", tmp_path / "merged", "--device", "cpu"),
+        "export": document("export", run, "--to", "merged", "--out", tmp_path / "exported", "--device", "cpu"),
         "convert-rank": document("convert-rank", run, "--rank", 2, "--out", tmp_path / "small"),
         "generate": document("generate", run, "--prompt", "a", *speed),
         "inspect": document("inspect", run),
@@ -187,6 +188,7 @@ def test_json_fields_are_described(run, document, tmp_path):
         check_fields(name, fields)
     check_fields("evaluate", seen["evaluate"]["results"][0])
     check_fields("merge", seen["merge"]["certificate"])
+    check_fields("export", seen["export"]["report"][0])
     check_fields("inspect", seen["inspect"]["modules"][0])
     check_fields("convert-rank", seen["convert-rank"]["modules"][0])
     check_fields("data preview", seen["data preview"]["examples"][0])

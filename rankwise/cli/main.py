@@ -48,6 +48,7 @@ COMMANDS: dict[str, Command] = {
         "rankwise.cli.evaluate", "loss and answers of a model, adapter or run on a data file", takes_processes=True
     ),
     "merge": Command("rankwise.cli.merge", "an adapter folded into its model, with a certificate"),
+    "export": Command("rankwise.cli.export", "an adapter in a format that other programs run, compared with torch"),
     "convert-rank": Command("rankwise.cli.convert_rank", "an adapter compressed to lower ranks, with its error"),
     "generate": Command("rankwise.cli.generate", "answers to prompts"),
     "chat": Command("rankwise.cli.chat", "a conversation in the terminal"),

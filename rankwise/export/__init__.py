@@ -1,1 +1,1 @@
-"""Leaving the house: merged models with their certificate."""
+"""Leaving the house: merged models with their certificate, other formats with their report."""

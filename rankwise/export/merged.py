@@ -9,6 +9,7 @@ model that was trained, not that it is what the unquantised base would have beco
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from rankwise.models.quiet import quietly
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CERTIFICATE_FILE = "merge_certificate.json"
+MAX_SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,36 @@ def merge_to_folder(
     dtype: str,
     probes: Probes,
 ) -> Merged:
-    """Folds the adapter of an attached fp32 `model` in, and writes model, tokenizer and certificate to `folder`.
+    """As `write_merged`, into a `folder` that is there whole or not at all.
 
-    `model` is used up: afterwards it is the plain merged model in the dtype asked for.
-
-    Raises: RequestError for a folder that exists, a dtype that is not known, or a model that is not in fp32; WorkError
-    when the folder's model differs from the adapter model by more than the bound.
+    Raises: RequestError for a folder that exists, and as `write_merged`.
     """
     target = Path(folder)
     if target.exists():
         raise RequestError(f"output folder '{target}' exists; choose another, or remove it")
     if dtype not in DTYPES:
         raise RequestError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}")
+    with replacing_folder(target) as temporary:
+        merged = write_merged(model, tokenizer, temporary, dtype, probes)
+    return dataclasses.replace(merged, folder=target)
+
+
+def write_merged(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: str,
+    probes: Probes,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> Merged:
+    """Folds the adapter of an attached fp32 `model` in, and writes model, tokenizer and certificate to `folder`.
+
+    `model` is used up: afterwards it is the plain merged model in the dtype asked for. `max_shard_size`: of one
+    safetensors file, as in `5GB`.
+
+    Raises: RequestError for a model that is not in fp32; WorkError when the folder's model differs from the adapter
+    model by more than the bound.
+    """
     if model.dtype != torch.float32:
         raise RequestError(f"merging is computed in fp32, but the model is loaded in {model.dtype}; load it in fp32")
     ids = trim_probes(probes.ids)
@@ -95,18 +115,16 @@ def merge_to_folder(
         effect = compare(adapted, probe_logits(model, ids))
     rounding = rounding_error(model, DTYPES[dtype])
     merged = merge_in(model, DTYPES[dtype])
-    with replacing_folder(target) as temporary:
-        with quietly():
-            merged.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            reloaded: Any = type(merged).from_pretrained(temporary, dtype=torch.float32)
-        certificate = certify(
-            dtype, compare(adapted, probe_logits(reloaded.to(merged.device), ids)), effect, probes.source, storage
-        )
-        if certificate.verdict != "pass":
-            raise WorkError(refusal(certificate))
-        write_json(temporary / CERTIFICATE_FILE, {**certificate.to_dict(), "error": rounding.error})
-    return Merged(target, rounding, certificate)
+    with quietly():
+        merged.save_pretrained(folder, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
+        reloaded: Any = type(merged).from_pretrained(folder, dtype=torch.float32)
+    again = probe_logits(reloaded.to(merged.device), ids)
+    certificate = certify(dtype, compare(adapted, again), effect, probes.source, storage)
+    if certificate.verdict != "pass":
+        raise WorkError(refusal(certificate))
+    write_json(folder / CERTIFICATE_FILE, {**certificate.to_dict(), "error": rounding.error})
+    return Merged(folder, rounding, certificate)
 
 
 def refusal(certificate: Certificate) -> str:

@@ -1,0 +1,90 @@
+"""Export: a run or an adapter in a format that other programs run, compared with the model in torch before it is kept.
+
+What every format shares is here: what is asked for is checked, the disk has room, the folder is written under a
+temporary name, its report is held against its bounds, and only then is it renamed. How a format is written and checked
+is its own module's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import RequestError
+from rankwise.export.formats import known_format, need_package, need_space, settled
+from rankwise.export.report import REPORT_FILE, check_bounds
+from rankwise.files import obstacle, replacing_folder, write_json
+from rankwise.recipes.export_job import Job, Writer
+from rankwise.recipes.export_merged import MERGED
+from rankwise.recipes.merge import find_probes
+from rankwise.recipes.target import find_adapter, target_tokenizer
+from rankwise.say import Say, to_stderr
+from rankwise.train.state import ADAPTER
+
+GATES_FILE = "tasks.json"
+"""In the folder of an adapter that chooses among several."""
+
+
+WRITERS: dict[str, Writer] = {
+    "merged": MERGED,
+}
+"""For each of `rankwise.export.formats.FORMATS`."""
+
+
+def export(
+    adapter: str,
+    out: str,
+    to: str,
+    settings: Mapping[str, Any] | None = None,
+    base: str | None = None,
+    device: str = "auto",
+    say: Say = to_stderr,
+) -> dict[str, Any]:
+    """The document of `rankwise export`: `output`, `format`, `probes`, `num_probe_tokens`, `report`.
+
+    `settings`: those of the format that are not to have their default.
+
+    Raises: RequestError for a format or setting that is not there, a missing package, a folder that exists, or an
+    adapter that can't be read or exported so; WorkError where the disk is too small, or the artefact differs from the
+    model in torch by more than its bounds (nothing is left on disk).
+    """
+    chosen = settled(to, settings or {})
+    if Path(out).exists():
+        raise RequestError(f"output folder '{out}' exists; choose another, or remove it")
+    if (found := obstacle(out)) is not None:
+        raise RequestError(f"output folder '{out}' can't be made: {found}; choose another")
+    need_package(to)
+    refuse_gates(adapter, to)
+    target = find_adapter(adapter, base, device)
+    tokenizer = target_tokenizer(target)
+    writer = WRITERS[to]
+    job = Job(target, tokenizer, find_probes(target, tokenizer), chosen, Path(out))
+    writer.check(job)
+    need_space(out, writer.num_bytes(job))
+    for left in sorted(job.out.absolute().parent.glob(f".{job.out.name}.*.tmp")):
+        say(f"note: '{left}' was left by an export that was killed, or is being written by another; remove it")
+    say(f"exporting to {to}: {known_format(to).summary}")
+    with replacing_folder(out) as folder:
+        rows = writer.write(job, folder)
+        check_bounds(rows, writer.remedy)
+        document = {
+            "output": out,
+            "format": to,
+            "settings": dict(chosen),
+            "probes": job.probes.source,
+            "report": [row.to_dict() for row in rows],
+        }
+        write_json(folder / REPORT_FILE, document)
+    return document
+
+
+def refuse_gates(adapter: str, to: str) -> None:
+    """Raises: RequestError for a folder whose adapters are chosen among, which no export format can hold as it is."""
+    folder = Path(adapter).expanduser()
+    for place in (folder, folder / ADAPTER):
+        if (place / GATES_FILE).is_file():
+            raise RequestError(
+                f"'{adapter}' holds gates over several adapters ({place / GATES_FILE}), which --to {to} can't hold; "
+                "fold them into one adapter first, and export that"
+            )
