@@ -22,8 +22,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from rankwise.adapters.config import LoraConfig as LoraConfig
+    from rankwise.adapters.gate_config import EmbeddingConfig as EmbeddingConfig
+    from rankwise.adapters.gate_config import GateConfig as GateConfig
     from rankwise.attach.checkpoint import load_adapter as load_adapter
     from rankwise.attach.checkpoint import save_adapter as save_adapter
+    from rankwise.attach.gates import attach_embedding as attach_embedding
+    from rankwise.attach.gates import attach_gate as attach_gate
+    from rankwise.attach.gates import on_task as on_task
+    from rankwise.attach.gates import set_task as set_task
+    from rankwise.attach.gates import train_parts as train_parts
     from rankwise.attach.inject import attach as attach
     from rankwise.attach.inject import detach as detach
     from rankwise.attach.inject import disabled as disabled
@@ -40,12 +47,19 @@ if TYPE_CHECKING:
 
 SURFACE: dict[str, tuple[str, str]] = {
     "LoraConfig": ("rankwise.adapters.config", "LoraConfig"),
+    "GateConfig": ("rankwise.adapters.gate_config", "GateConfig"),
+    "EmbeddingConfig": ("rankwise.adapters.gate_config", "EmbeddingConfig"),
     "attach": ("rankwise.attach.inject", "attach"),
     "detach": ("rankwise.attach.inject", "detach"),
     "merge": ("rankwise.attach.inject", "merge_in"),
     "disabled": ("rankwise.attach.inject", "disabled"),
     "ranks": ("rankwise.attach.inject", "ranks"),
     "set_ranks": ("rankwise.ranks.dynamic", "set_ranks"),
+    "attach_gate": ("rankwise.attach.gates", "attach_gate"),
+    "attach_embedding": ("rankwise.attach.gates", "attach_embedding"),
+    "on_task": ("rankwise.attach.gates", "on_task"),
+    "set_task": ("rankwise.attach.gates", "set_task"),
+    "train_parts": ("rankwise.attach.gates", "train_parts"),
     "save_adapter": ("rankwise.attach.checkpoint", "save_adapter"),
     "load_adapter": ("rankwise.attach.checkpoint", "load_adapter"),
     "resumable": ("rankwise.attach.trainers", "resumable"),

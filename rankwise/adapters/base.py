@@ -98,3 +98,7 @@ class AdapterLayer(nn.Module, ABC):
         weight = self.base_weight()
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.delta_weight().detach()
         return merged.to(dtype or weight.dtype)
+
+    def merged_bias(self) -> Float[Tensor, " o"] | None:
+        """The bias that the merged layer has; None: the base's own, if it has one."""
+        return None

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from rankwise.adapters.base import AdapterLayer
 from rankwise.adapters.config import LoraConfig
+from rankwise.adapters.mixture import Mixture
 from rankwise.adapters.tokens import TokenRows
 from rankwise.attach.wide import is_narrow
 from rankwise.errors import RequestError
@@ -41,6 +42,10 @@ class Attachment(nn.Module):
         """What the folder's `head.json` says: names of classes, or how an embedding is pooled."""
         self.nested: dict[str, Any] | None = None
         """What the folder's `nested.json` says: every prefix of the ranks, from a least one, works alone."""
+        self.mixture: Mixture | None = None
+        """Of a gate or a task embedding: whose adapters take part (`rankwise.attach.gates`)."""
+        self.members: dict[str, LoraConfig] = {}
+        """The configurations of a gate's adapters, by name."""
         self.share_left_out = 0.0
         self.largest_left_out: list[str] = []
         self.unpacked: list[nn.Module] = []
@@ -132,9 +137,13 @@ def _slot(model: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _place(layer: nn.Module, parameter: nn.Parameter) -> tuple[dict[str, Tensor], str]:
-    """Which of the layer's own parameters this is."""
-    own = cast(dict[str, Tensor], layer._parameters)
-    return own, next(leaf for leaf, tensor in own.items() if tensor is parameter)
+    """Which of the layer's own parameters this is; a gate has lists of them."""
+    for module in (layer, *layer.children()):
+        own = cast(dict[str, Tensor], module._parameters)
+        for leaf, tensor in own.items():
+            if tensor is parameter:
+                return own, leaf
+    raise AssertionError("a parameter that the layer does not have")
 
 
 def base_of(module: nn.Module) -> nn.Module:

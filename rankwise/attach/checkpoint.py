@@ -49,6 +49,9 @@ HEAD_FILE = "head.json"
 NESTED_FILE = "nested.json"
 """Beside them, for an adapter whose every prefix works (`ranks.policy: nested`): its `least` and `most` rank."""
 
+TASKS_FILE = "tasks.json"
+"""What makes a folder one of several adapters: a gate's, or that of task embeddings."""
+
 
 # --- writing -------------------------------------------------------------------------------------------------------
 
@@ -58,8 +61,14 @@ def save_adapter(model: nn.Module, folder: Path_) -> None:
 
     Where the attachment says what its head means, that goes into `head.json`; that it is nested, into `nested.json`.
 
+    A gate, or a task embedding, is a folder of such folders (`rankwise.attach.gate_folder`).
+
     Raises: RequestError when nothing is attached; WorkError for weights that are not finite or a disk that is full.
     """
+    if need_attachment(model).mixture is not None:
+        from rankwise.attach.gate_folder import save_gate
+
+        return save_gate(model, folder)
     tensors = peft_tensors(model)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -229,8 +238,14 @@ def load_adapter(model: Model, folder: Path_, trainable: bool = False) -> Model:
     `trainable`: whether its parameters take gradients (to go on training). A changed vocabulary is saved with the
     adapter, and the model's embeddings are resized to it until `detach`.
 
+    A folder that holds a gate, or a task embedding, is attached as such.
+
     Raises: RequestError, with the model as it was, when the folder does not fit its configuration or the model.
     """
+    if os.path.exists(os.path.join(folder, TASKS_FILE)):  # noqa: PTH118, PTH110 (as in `_text`)
+        from rankwise.attach.gate_folder import load_gate
+
+        return load_gate(model, folder, trainable)
     config, tensors, head = read_config(folder), read_tensors(folder), read_head(folder)
     attachment = need_active(model, "load an adapter") if attachment_of(model) is not None else None
     if attachment is not None and _same_layout(own := file_tensors(model), attachment, config, tensors):

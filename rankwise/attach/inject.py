@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from rankwise.adapters.base import AdapterLayer
 from rankwise.adapters.config import LoraConfig, start_name
+from rankwise.adapters.gate import GateLayer
 from rankwise.adapters.low_rank import LowRankLayer
 from rankwise.adapters.starts import TAKEN_FROM_BASE, Directions
 from rankwise.adapters.table import adapter_class
@@ -29,6 +30,7 @@ from rankwise.attach.attachment import (
     unchanged_on_error,
 )
 from rankwise.attach.guards import guard_methods, unguard_methods
+from rankwise.attach.inferring import forget_inferring
 from rankwise.attach.readers import join_readers
 from rankwise.attach.swiglu import split_mlps
 from rankwise.attach.targets import (
@@ -238,6 +240,9 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         if layer.peft_parameters():  # tied token rows have none of their own
             own = layer.state_dict(keep_vars=True).items()
             found.update({f"{name}.{key}": tensor for key, tensor in own if not key.startswith("base.")})
+    if attachment.mixture is not None:
+        own = attachment.mixture.state_dict(keep_vars=True).items()
+        found.update({f"{ATTRIBUTE}.mixture.{key}": tensor for key, tensor in own})
     return found | {name: attachment.current(model, name) for name in attachment.exchanged}
 
 
@@ -254,7 +259,9 @@ def output_factors(model: nn.Module) -> set[str]:
     There A is the table, which takes no hidden state in, and learns as fast as B.
     """
     layers = adapter_layers(model).items()
-    return {f"{n}.lora_B" for n, layer in layers if isinstance(layer, LowRankLayer) and layer.kind.drops_input}
+    found = {f"{n}.lora_B" for n, layer in layers if isinstance(layer, LowRankLayer) and layer.kind.drops_input}
+    gates = [(n, layer) for n, layer in layers if isinstance(layer, GateLayer) and layer.kind.drops_input]
+    return found | {f"{n}.lora_B.{place}" for n, layer in gates for place in range(len(layer.names))}
 
 
 def ranks(model: nn.Module) -> dict[str, int]:
@@ -323,6 +330,8 @@ def merge_in(model: Model, dtype: torch.dtype | None = None, keep_tied: bool = F
         if change not in merged:
             merged[change] = nn.Parameter(layer.merged_weight(dtype), requires_grad=False)
         layer.base.weight = merged[change]
+        if (bias := layer.merged_bias()) is not None:
+            layer.base.bias = nn.Parameter(bias.detach().to(dtype or layer.weight.dtype), requires_grad=False)
         plain[layer] = layer.base
     wrapped = {layer.base for layer in layers.values()}
     for module in model.modules():
@@ -378,6 +387,7 @@ def _plain(model: nn.Module, attachment: Attachment) -> None:
     unguard_methods(model)
     split_mlps(model)
     compute_as_before(model)
+    forget_inferring(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(attachment.requires_grad_before.get(name, parameter.requires_grad))
 
