@@ -47,7 +47,7 @@ print("good")
 
 
 def test_an_unknown_name_lists_what_there_is():
-    with pytest.raises(AttributeError, match="rankwise has no 'atach'; it offers BaseAlone, LoraConfig"):
+    with pytest.raises(AttributeError, match=r"rankwise has no 'atach'; it offers BaseAlone, .*LoraConfig"):
         rw.atach  # noqa: B018
 
 
