@@ -45,6 +45,18 @@ FORMATS: dict[str, Format] = {
         settings={"dtype": None, "max_shard_size": "5GB"},
         choices={"dtype": ("fp32", "bf16", "fp16")},
     ),
+    "gguf": Format(
+        "a GGUF file for llama.cpp and Ollama, the adapter folded in",
+        settings={"dtype": "f16"},
+        choices={"dtype": ("f32", "f16", "q8_0")},
+        package="gguf",
+        install="pip install 'rankwise[gguf]'",
+    ),
+    "gguf-lora": Format(
+        "the adapter alone as a GGUF file, which llama.cpp loads beside its base",
+        package="gguf",
+        install="pip install 'rankwise[gguf]'",
+    ),
 }
 """By the name that `--to` takes."""
 

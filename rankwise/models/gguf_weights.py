@@ -87,3 +87,9 @@ def unpermute_rotary(weight: np.ndarray, num_heads: int) -> np.ndarray:
     """Rows from llama.cpp's interleaved rotary pairs back to transformers' two halves, head by head."""
     pairs = weight.reshape(num_heads, -1, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def permute_rotary(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """The inverse of `unpermute_rotary`: transformers' two halves of each head to llama.cpp's interleaved pairs."""
+    halves = weight.reshape(num_heads, 2, -1, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)

@@ -15,6 +15,7 @@ from rankwise.errors import RequestError
 from rankwise.export.formats import known_format, need_package, need_space, settled
 from rankwise.export.report import REPORT_FILE, check_bounds
 from rankwise.files import obstacle, replacing_folder, write_json
+from rankwise.recipes.export_gguf import GGUF, GGUF_LORA
 from rankwise.recipes.export_job import Job, Writer
 from rankwise.recipes.export_merged import MERGED
 from rankwise.recipes.merge import find_probes
@@ -28,6 +29,8 @@ GATES_FILE = "tasks.json"
 
 WRITERS: dict[str, Writer] = {
     "merged": MERGED,
+    "gguf": GGUF,
+    "gguf-lora": GGUF_LORA,
 }
 """For each of `rankwise.export.formats.FORMATS`."""
 
