@@ -3,9 +3,6 @@
 Legend: o outputs, n inputs of the layer's matrix view, r rank, s scale (alpha/r, or alpha/sqrt(r) with `use_rslora`).
 """
 
-# torch.linalg has no type stubs.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 from __future__ import annotations
 
 import math
@@ -21,6 +18,7 @@ from typing_extensions import override
 from rankwise.adapters.base import AdapterLayer
 from rankwise.adapters.config import LoraConfig, start_iterations, start_name
 from rankwise.adapters.dropout import keep_rule
+from rankwise.adapters.factored import truncated
 from rankwise.adapters.fused import Factors, lora_linear
 from rankwise.adapters.layers import LayerKind
 from rankwise.adapters.sharing import Derived, Readers
@@ -285,20 +283,10 @@ class LowRankLayer(AdapterLayer):
         return torch.cat([self.lora_A, new]), torch.cat([self.lora_B * ratio, columns], dim=1), 0.0
 
     def _shrunk(self, rank: int, ratio: float) -> tuple[Tensor, Tensor, float]:
-        """The best rank-`rank` approximation of the change, by QR of the factors and the SVD of a matrix of their rank.
-
-        The singular values go into B and A keeps its size, so that a layer whose B is zero can still learn.
-        """
+        """The best rank-`rank` approximation of the change (see `rankwise.adapters.factored.truncated`)."""
         joined_A, joined_B = self.joined()
-        B, A = joined_B.flatten(1).double(), joined_A.flatten(1).double()
-        Qb, Rb = torch.linalg.qr(B)
-        Qa, Ra = torch.linalg.qr(A.T)
-        U, S, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
-        row_norm = float(torch.linalg.norm(A) / math.sqrt(A.shape[0])) or 1.0
-        missing = max(rank - len(S), 0)  # a rank above the smaller side of the weight
-        new_A = torch.cat([(Vh[:rank] @ Qa.T) * row_norm, A[:missing]])
-        new_B = F.pad((Qb @ U[:, :rank]) * S[:rank] * (ratio / row_norm), (0, missing))
-        whole = float(torch.linalg.norm(S))
-        error = float(torch.linalg.norm(S[rank:])) / whole if whole else 0.0
+        found = truncated(joined_A.flatten(1), joined_B.flatten(1), rank)
         shape_A, shape_B = self.kind.factor_shapes(self.base, rank)
-        return new_A.reshape(shape_A).to(self.lora_A), new_B.reshape(shape_B).to(self.lora_B), error
+        return (
+            found.A.reshape(shape_A).to(self.lora_A), (found.B * ratio).reshape(shape_B).to(self.lora_B), found.error
+        )  # fmt: skip

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -22,14 +23,15 @@ from torch import Tensor, nn
 
 from rankwise import distributed
 from rankwise.adapters.low_rank import LowRankLayer
+from rankwise.adapters.svd import leading_svd
 from rankwise.attach.attachment import adapter_layers, need_attachment
 from rankwise.attach.inject import ranks as current_ranks
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.quantized import weight_shape
 from rankwise.ranks.config import ALPHAS
-from rankwise.ranks.svd import leading_svd
 
 log = logging.getLogger(__name__)
+Number = TypeVar("Number", int, int | float)
 
 MOMENT_POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1}
 """Optimiser state with the parameter's shape, and the power of the gradient that it averages."""
@@ -67,13 +69,7 @@ def set_ranks(
     """
     attachment = need_attachment(model)
     layers = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, LowRankLayer)}
-    for name, rank in ranks.items():
-        if name not in layers:
-            raise RequestError(f"no adapted layer '{name}'{did_you_mean(name, layers)}")
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
-            raise RequestError(f"rank of '{name}' must be a positive whole number, not {rank!r}")
-    if alpha not in ALPHAS:
-        raise RequestError(f"alpha can't be {alpha!r}{did_you_mean(alpha, ALPHAS)}")
+    _check_request(layers, ranks, alpha)
     if optimizer is not None:
         _check_state(optimizer)
     changes = {name: rank for name, rank in ranks.items() if rank != layers[name].rank}
@@ -84,32 +80,55 @@ def set_ranks(
         layer = layers[name]
         new_alpha = layer.alpha if alpha == "keep" else alpha_for(layer, rank)
         errors[name] = layer.resize_(rank, generator, rows.get(name), new_alpha)
-    changed = {
+    _bring_in_step({name: layers[name] for name in changes})
+    if optimizer is not None:
+        _carry_states(optimizer, layers, before)
+    explicit = {name: rank for name, rank in current_ranks(model).items() if name in ranks}
+    alphas = {name: layers[name].alpha for name in changes} if alpha == "scale" else {}
+    attachment.config = attachment.config.with_(
+        rank_pattern=_ahead_of(attachment.config.rank_pattern, explicit),
+        alpha_pattern=_ahead_of(attachment.config.alpha_pattern, alphas),
+    )
+    return {name: errors.get(name, 0.0) for name in ranks}
+
+
+def _check_request(layers: Mapping[str, LowRankLayer], ranks: Mapping[str, int], alpha: str) -> None:
+    """Raises: RequestError for a name without an adapter, a rank below one, or an unknown rule for alpha."""
+    for name, rank in ranks.items():
+        if name not in layers:
+            raise RequestError(f"no adapted layer '{name}'{did_you_mean(name, layers)}")
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+            raise RequestError(f"rank of '{name}' must be a positive whole number, not {rank!r}")
+    if alpha not in ALPHAS:
+        raise RequestError(f"alpha can't be {alpha!r}{did_you_mean(alpha, ALPHAS)}")
+
+
+def _bring_in_step(changed: Mapping[str, LowRankLayer]) -> None:
+    """Every process takes the first one's new factors, and a checksum makes sure of it."""
+    tensors = {
         f"{name}.{key}": tensor
-        for name in changes
-        for key, tensor in layers[name].state_dict(keep_vars=True).items()
+        for name, layer in changed.items()
+        for key, tensor in layer.state_dict(keep_vars=True).items()
         if not key.startswith("base.")
     }
-    distributed.broadcast_from(0, list(changed.values()))
-    distributed.check_in_step(changed, "after ranks have changed")
-    if optimizer is not None:
-        afresh = [name for name in changes if not _carry_state(optimizer, layers[name], *before[name])]
-        if afresh:
-            log.warning(
-                "optimiser moments start afresh in %d of %d layers: %s, ...", len(afresh), len(changes), afresh[0]
-            )
-    config = attachment.config
-    explicit = {name: rank for name, rank in current_ranks(model).items() if name in ranks}
-    config = config.with_(
-        rank_pattern={**explicit, **{k: v for k, v in config.rank_pattern.items() if k not in explicit}}
-    )
-    if alpha == "scale":
-        alphas = {name: layers[name].alpha for name in changes}
-        config = config.with_(
-            alpha_pattern={**alphas, **{k: v for k, v in config.alpha_pattern.items() if k not in alphas}}
-        )
-    attachment.config = config
-    return {name: errors.get(name, 0.0) for name in ranks}
+    distributed.broadcast_from(0, list(tensors.values()))
+    distributed.check_in_step(tensors, "after ranks have changed")
+
+
+def _carry_states(
+    optimizer: torch.optim.Optimizer,
+    layers: Mapping[str, LowRankLayer],
+    before: Mapping[str, tuple[nn.Parameter, nn.Parameter, float]],
+) -> None:
+    """`_carry_state` of each layer; `before`: its A, B and scale."""
+    afresh = [name for name in before if not _carry_state(optimizer, layers[name], *before[name])]
+    if afresh:
+        log.warning("optimiser moments start afresh in %d of %d layers: %s, ...", len(afresh), len(before), afresh[0])
+
+
+def _ahead_of(patterns: Mapping[str, Number], explicit: Mapping[str, Number]) -> dict[str, Number]:
+    """The patterns with full names before them: the first one that fits decides."""
+    return {**explicit, **{name: value for name, value in patterns.items() if name not in explicit}}
 
 
 def alpha_for(layer: LowRankLayer, rank: int) -> float:

@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from rankwise.adapters.factored import effective_rank, singular_values
 from rankwise.adapters.low_rank import LowRankLayer
 from rankwise.attach.attachment import adapter_layers
 from rankwise.ranks.config import ALL, DEFAULT_BY, SATURATED, RanksConfig
-from rankwise.ranks.factored import effective_rank, singular_values
 
 SATURATED_FROM = {"effective-rank": 0.6, "gradient": 0.5}
 """From which value of a measure a layer counts as saturated. Choices of ours, not of a paper."""

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from rankwise.adapters.layers import EmbeddingKind, LinearKind
 from rankwise.adapters.low_rank import LowRankLayer
 from rankwise.adapters.starts import Directions
+from rankwise.adapters.svd import OVERSAMPLING
 from rankwise.errors import RequestError
-from rankwise.ranks.svd import OVERSAMPLING
 
 PASSES = 2
 

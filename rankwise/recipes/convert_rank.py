@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from rankwise.adapters.config import LoraConfig, start_name
+from rankwise.adapters.factored import prefix, rank_for_energy, relative_error, singular_values, truncated
 from rankwise.adapters.low_rank import scale_of
 from rankwise.adapters.starts import TAKEN_FROM_BASE
 from rankwise.attach import peft_format
@@ -26,11 +26,10 @@ from rankwise.attach.checkpoint import HEAD_FILE, NESTED_FILE, read_config, read
 from rankwise.attach.targets import alpha_in
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.files import obstacle, replacing_folder
-from rankwise.ranks.factored import prefix, rank_for_energy, relative_error, singular_values, truncated
+from rankwise.recipes.adapter_files import write_adapter
 from rankwise.recipes.inspect import FACTOR_NAMES, factors
-from rankwise.recipes.output import RUN_FILE
 from rankwise.recipes.rank_map import vllm_max_lora_rank
-from rankwise.train.state import ADAPTER
+from rankwise.recipes.target import adapter_folder
 
 AUTO, SVD, PREFIX = "auto", "svd", "prefix"
 METHODS = (AUTO, SVD, PREFIX)
@@ -69,9 +68,7 @@ def convert_rank(
         none of `rank` and `energy`, or `prefix` where it is not to be had.
     """
     _check_request(out, rank, energy)
-    folder = Path(adapter).expanduser()
-    if (folder / RUN_FILE).is_file():
-        folder = folder / ADAPTER
+    folder = adapter_folder(adapter)
     config, tensors = read_config(folder), read_tensors(folder)
     if start_name(config.init_lora_weights) in TAKEN_FROM_BASE:
         raise RequestError(
@@ -187,17 +184,12 @@ def _write(
 ) -> None:
     """PEFT's folder: the configuration is the old one's, field for field, but for the ranks and alphas."""
     fields = json.loads((folder / peft_format.CONFIG_FILE).read_text(encoding="utf-8"))
-    texts = {peft_format.CONFIG_FILE: json.dumps({**fields, **patterns}, indent=2, sort_keys=True)}
     if nested is not None:
         nested = {**nested, "most": patterns["r"]}
-    for name, content in ((HEAD_FILE, read_head(folder)), (NESTED_FILE, nested)):
-        if content is not None:
-            texts[name] = json.dumps(content, indent=2, ensure_ascii=False)
     with replacing_folder(out) as temporary:
-        weights = save(peft_format.to_file(tensors), metadata={"format": "pt"})
-        (temporary / peft_format.WEIGHTS_FILE).write_bytes(weights)
-        for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
+        write_adapter(
+            temporary, {**fields, **patterns}, tensors, {HEAD_FILE: read_head(folder), NESTED_FILE: nested}
+        )  # fmt: skip
 
 
 def _document(out: str, method: str, modules: list[Converted], tensors: dict[str, Tensor]) -> dict[str, Any]:

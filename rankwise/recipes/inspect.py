@@ -1,6 +1,6 @@
 """Inspect: what an adapter folder holds, from its two files alone; the base is never loaded.
 
-`effective_rank` and `norm` (Frobenius) are of the scaled update s B A, by its factors (`rankwise.ranks.factored`).
+`effective_rank` and `norm` (Frobenius) are of the scaled update s B A, by its factors (`rankwise.adapters.factored`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from rankwise.adapters.config import LoraConfig
+from rankwise.adapters.factored import effective_rank, singular_values
 from rankwise.adapters.low_rank import scale_of
 from rankwise.attach.checkpoint import read_config, read_tensors
 from rankwise.attach.peft_format import EMBEDDING_NAMES, WEIGHTS_FILE
 from rankwise.attach.targets import alpha_in
 from rankwise.errors import RequestError
-from rankwise.ranks.factored import effective_rank, singular_values
 from rankwise.recipes.output import RUN_FILE
 from rankwise.recipes.rank_map import check_picture, draw_map, rank_history, rank_map, vllm_max_lora_rank
 from rankwise.train.state import ADAPTER

@@ -151,6 +151,20 @@ def find_adapter(name: str, base: str | None = None, device: str = "auto") -> Ta
     return target
 
 
+def adapter_folder(name: str) -> Path:
+    """The adapter in a run folder, or the folder itself; for those who need its files and no base.
+
+    Raises: RequestError for a folder that is not there, and a run without an adapter yet.
+    """
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        raise RequestError(f"there is no run or adapter folder '{name}'{_near(folder)}")
+    if not (folder / RUN_FILE).is_file():
+        return folder
+    _need_adapter(name, folder)
+    return folder / ADAPTER
+
+
 def _check_name(name: str) -> None:
     """A name that can only be a path must be there; whether a Hub id exists shows when it is loaded."""
     path = Path(name).expanduser()
@@ -167,12 +181,15 @@ def _near(path: Path) -> str:
 
 
 def _run_target(name: str, folder: Path, base: str | None, device: str) -> Target:
-    adapter = folder / ADAPTER
-    if not (adapter / CONFIG_FILE).is_file():
+    _need_adapter(name, folder)
+    return _with_run(name, "run", folder / RUN_FILE, folder / ADAPTER, base, device)
+
+
+def _need_adapter(name: str, run: Path) -> None:
+    if not (run / ADAPTER / CONFIG_FILE).is_file():
         raise RequestError(
-            f"the run '{name}' has no adapter yet; finish it with `rankwise train {folder / RUN_FILE} --resume`"
+            f"the run '{name}' has no adapter yet; finish it with `rankwise train {run / RUN_FILE} --resume`"
         )
-    return _with_run(name, "run", folder / RUN_FILE, adapter, base, device)
 
 
 def _with_run(name: str, kind: str, run_file: Path, adapter: Path, base: str | None, device: str) -> Target:

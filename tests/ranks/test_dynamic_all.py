@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.config import LoraConfig
+from rankwise.adapters.svd import leading_svd
 from rankwise.attach.inject import adapter_parameters, attach, ranks
 from rankwise.errors import RequestError
 from rankwise.ranks.dynamic import outside_rows, set_ranks
-from rankwise.ranks.svd import leading_svd
 from tests import tiny
 from tests.adapters.test_properties import LAYERS, PAIRS, SCALES, disturb
 

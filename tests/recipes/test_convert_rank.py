@@ -169,7 +169,7 @@ def test_folders_that_cannot_be_read_or_written(tmp_path):
     for out, message in (("out", "output folder .* exists"), ("file/in", "can't be made")):
         with pytest.raises(RequestError, match=message):
             convert_rank(str(tmp_path / "a"), str(tmp_path / out), rank=2)
-    with pytest.raises(RequestError, match="is not an adapter"):
+    with pytest.raises(RequestError, match="there is no run or adapter folder"):
         convert_rank(str(tmp_path / "nope"), str(tmp_path / "new"), rank=2)
     model = peft.get_peft_model(tiny.llama(), peft.LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "pissa")

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -75,19 +76,19 @@ def truncated(A: Float[Tensor, "r n"], B: Float[Tensor, "o r"], rank: int) -> Tr
     """The best approximation of B A of rank `rank` (Eckart and Young 1936), in fp64.
 
     The singular values go into B. The rows of A are orthogonal, and of the size that A's have in the mean, so that
-    training can go on from there. Where `rank` is above k, rows of A and columns of B are zero.
+    training can go on from there. Where `rank` is above k (it is at most r), the rest are rows of the old A, and the
+    columns of B zero: they can learn.
     """
     A, B = A.double(), B.double()
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.T)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
     size = float(torch.linalg.norm(A)) / math.sqrt(A.shape[0]) or 1.0
-    kept = min(rank, len(S))
-    new_A, new_B = A.new_zeros(rank, A.shape[1]), B.new_zeros(B.shape[0], rank)
-    new_A[:kept] = (Vh[:kept] @ Q_A.T) * size
-    new_B[:, :kept] = (Q_B @ U[:, :kept]) * (S[:kept] / size)
+    missing = max(rank - len(S), 0)
+    new_A = torch.cat([(Vh[:rank] @ Q_A.T) * size, A[:missing]])
+    new_B = F.pad((Q_B @ U[:, :rank]) * (S[:rank] / size), (0, missing))
     squares = S.square()
-    return Truncated(new_A, new_B, float(squares[kept:].sum()), float(squares.sum()))
+    return Truncated(new_A, new_B, float(squares[rank:].sum()), float(squares.sum()))
 
 
 def prefix(A: Float[Tensor, "r n"], B: Float[Tensor, "o r"], rank: int, gain: float) -> Truncated:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rankwise.ranks.factored import rank_for_energy, singular_values, truncated
+from rankwise.adapters.factored import rank_for_energy, singular_values, truncated
 
 
 def factors(rank: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,3 +40,10 @@ def test_energy():
     found = {share: rank_for_energy(values, share) for share in (0.1, 16 / 21, 0.77, 20 / 21, 0.96, 1.0)}
     assert list(found.values()) == [1, 1, 2, 2, 3, 3]
     assert rank_for_energy(torch.zeros(4), 1.0) == 1
+
+
+def test_a_rank_above_the_smaller_side_is_filled_with_what_can_learn():
+    A, B = factors(8, 5, 20)
+    found = truncated(A, B, 7)
+    assert torch.allclose(found.B @ found.A, B.double() @ A.double(), atol=1e-12) and found.error < 1e-12
+    assert torch.equal(found.A[5:], A[:2].double()) and not found.B[:, 5:].any()
