@@ -19,7 +19,7 @@ SETTINGS = {
 GPT2 = {"games": dict(r=6, lora_alpha=6, target_modules=["c_attn"])}
 
 
-def disturbed(model, seed: int, by: float = 0.2):
+def disturbed(model, seed: int, by: float = 0.1):
     """Random numbers onto every adapter parameter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
