@@ -30,6 +30,8 @@ class Method:
         kind: what is trained, a key of `KINDS`.
         adapter: settings of the run file's section.
         ranks: likewise.
+        cut: the rank that the adapter is cut to after training, as `convert-rank` does it: to the prefix where it was
+            trained nested, else to the best approximation.
         train: settings over those of the task, the rate apart.
     """
 
@@ -38,11 +40,14 @@ class Method:
     adapter: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     ranks: dict[str, Any] = field(default_factory=dict)
+    cut: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise RequestError(f"unknown kind '{self.kind}'{did_you_mean(self.kind, KINDS)}")
-        for name, value in (("adapter", self.adapter), ("ranks", self.ranks)):
+        if self.cut is not None and self.cut < 1:
+            raise RequestError(f"cut must be a rank from 1, not {self.cut}")
+        for name, value in (("adapter", self.adapter), ("ranks", self.ranks), ("cut", self.cut)):
             if value and self.kind != ADAPTER:
                 raise RequestError(f"{name} has no effect with kind: {self.kind}; leave it out")
         if (self.lr is None) != (self.kind == BASE):

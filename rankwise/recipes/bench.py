@@ -47,6 +47,7 @@ class Cell:
     lr: float | None
     kind: str
     run: RunConfig
+    cut: int | None = None
 
     @property
     def name(self) -> str:
@@ -74,6 +75,8 @@ class Cell:
             found["train.seed"] = self.seed
         for split in ("train", "valid", "test"):
             found[f"data.{split}"] = _content(getattr(self.run.data, split))
+        if self.cut is not None:
+            found["cut"] = self.cut
         return found | {"kind": self.kind, "threads": THREADS, "model.name": base_identity(self.run.model.name)}
 
     @property
@@ -163,7 +166,7 @@ class Bench:
             run = build_run(absolute_paths(document, self.folder))
         except RequestError as error:
             raise RequestError(f"{method} on {task}: {error}") from None
-        return Cell(method, task, seed, lr, asked.kind, run)
+        return Cell(method, task, seed, lr, asked.kind, run, asked.cut)
 
     def tuning_cells(self, method: str) -> list[Cell]:
         """The cells from which a method's rate is chosen, or of a table of rates, all."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankwise.attach.checkpoint import save_adapter
+from rankwise.attach.checkpoint import load_adapter, save_adapter
 from rankwise.attach.inject import adapter_parameters
 from rankwise.attach.targets import HEADS
 from rankwise.bench.kinds import ADAPTER, BASE, FULL
@@ -30,6 +30,7 @@ from rankwise.errors import RequestError
 from rankwise.models.heads import class_losses, correct, head_logits, set_padding
 from rankwise.models.load import load_model, new_modules
 from rankwise.models.loss import example_losses
+from rankwise.recipes.convert_rank import convert_rank
 from rankwise.recipes.finetune_data import RunData, load_data
 from rankwise.recipes.finetune_job import loop_plan, prepare
 from rankwise.recipes.moving_ranks import BeforeSteps
@@ -87,13 +88,15 @@ def check_cell(run: RunConfig, kind: str) -> None:
         )
 
 
-def run_cell(run: RunConfig, kind: str) -> dict[str, Any]:
+def run_cell(run: RunConfig, kind: str, cut: int | None = None) -> dict[str, Any]:
     """Trains and measures: `figures`, `losses` and `units` by split, `correct` of classifiers.
 
-    Raises: RequestError as `check_cell` and `prepare`; WorkError when training fails.
+    `cut`: the rank that an adapter is cut to before it is measured.
+
+    Raises: RequestError as `check_cell`, `prepare` and `convert_rank`; WorkError when training fails.
     """
     check_cell(run, kind)
-    trained = _adapter(run) if kind == ADAPTER else _plain(run, kind)
+    trained = _adapter(run, cut) if kind == ADAPTER else _plain(run, kind)
     return {"figures": _figures(trained), **_measured(trained, run)}
 
 
@@ -107,7 +110,7 @@ def _figures(trained: Trained) -> dict[str, Any]:
     }
 
 
-def _adapter(run: RunConfig) -> Trained:
+def _adapter(run: RunConfig, cut: int | None) -> Trained:
     job = prepare(run, None, silent)
     mover, batches, hooks = job.mover, job.batches, []
     if mover is not None:  # ranks that move in the run, as `rankwise train` moves them
@@ -115,8 +118,12 @@ def _adapter(run: RunConfig) -> Trained:
         hooks = [lambda step: mover.after(step, job.progress, silent)]
     fit(job.model, job.optimizer, batches, minimised(job.objective, run.train), job.plan, job.progress, hooks)
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(job.model, Path(folder) / "adapter")
-        stored = sum(file.stat().st_size for file in (Path(folder) / "adapter").glob("*.safetensors"))
+        saved = Path(folder) / "adapter"
+        save_adapter(job.model, saved)
+        if cut is not None:
+            saved = Path(convert_rank(str(saved), str(Path(folder) / "cut"), rank=cut)["output"])
+            load_adapter(job.model, saved)
+        stored = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
     count = sum(parameter.numel() for parameter in adapter_parameters(job.model).values())
     return Trained(job.model, job.data, count, stored, job.progress)
 

@@ -197,7 +197,9 @@ def start(cell: Cell) -> Worker:
     context.set_forkserver_preload([CELL_MODULE])
     ours, results = context.Pipe(duplex=False)
     end, lifeline = context.Pipe(duplex=False)
-    process = context.Process(target=compute, args=(results, end, run_document(cell.run), cell.kind), daemon=True)
+    process = context.Process(
+        target=compute, args=(results, end, run_document(cell.run), cell.kind, cell.cut), daemon=True
+    )
     process.start()
     results.close()
     end.close()
@@ -224,7 +226,7 @@ def outcome_of(worker: Worker) -> Mapping[str, Any]:
     return outcome
 
 
-def compute(results: Connection, end: Connection, document: dict[str, Any], kind: str) -> None:
+def compute(results: Connection, end: Connection, document: dict[str, Any], kind: str, cut: int | None) -> None:
     """What a worker does: one cell, its outcome sent back whatever happens; over when the runner is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's: it ends its workers
     threading.Thread(target=_end_with, args=(end,), daemon=True).start()
@@ -237,7 +239,7 @@ def compute(results: Connection, end: Connection, document: dict[str, Any], kind
     load = os.getloadavg()[0]
     began = time.process_time()
     try:
-        outcome = run_cell(read_run(document), kind)
+        outcome = run_cell(read_run(document), kind, cut)
     except RankwiseError as error:
         results.send({"status": FAILED, "reason": error.message})
         return

@@ -12,6 +12,8 @@ from rankwise.errors import RequestError
 from rankwise.models.config import ModelConfig
 from rankwise.models.load import load_model
 from rankwise.recipes.bench_cell import check_cell, run_cell, short
+from rankwise.recipes.convert_rank import convert_rank
+from rankwise.recipes.evaluate import EvaluateConfig, evaluate
 from rankwise.recipes.finetune import train
 from rankwise.recipes.run import build_run
 from tests import tiny
@@ -143,3 +145,21 @@ def test_ranks_that_move_are_those_of_train(text_run, tmp_path):
     summary = train({**_mapping(run), "output": str(tmp_path / "out")}, quiet=True)
     assert cell["figures"]["trainable_parameters"] == summary["trainable_parameters"]
     assert cell["losses"] != run_cell(text_run(), "adapter")["losses"]
+
+
+@pytest.mark.parametrize("policy", ["fixed", "nested"])
+def test_an_adapter_cut_after_training_is_what_convert_rank_makes(text_run, tmp_path, policy):
+    document = {**_mapping(text_run()), "ranks": {"policy": policy}}
+    run = build_run(document)
+    whole, cut = run_cell(run, "adapter"), run_cell(run, "adapter", 1)
+    assert cut["figures"]["trainable_parameters"] * run.adapter.r == whole["figures"]["trainable_parameters"]
+    assert cut["figures"]["adapter_bytes"] < whole["figures"]["adapter_bytes"]
+    assert cut["losses"] != whole["losses"]
+    train({**document, "output": str(tmp_path / "out")}, quiet=True)
+    made = convert_rank(str(tmp_path / "out"), str(tmp_path / "cut"), rank=1)
+    assert made["method"] == ("prefix" if policy == "nested" else "svd")
+    config = EvaluateConfig(data=document["data"]["valid"], metrics=("loss",), precision="fp32")
+    found = evaluate(str(tmp_path / "cut"), config, base=document["model"]["name"], device="cpu")
+    pairs = zip(cut["losses"]["valid"], cut["units"]["valid"], strict=True)
+    mean = sum(loss * count for loss, count in pairs) / sum(cut["units"]["valid"])
+    assert mean == pytest.approx(found["results"][1]["loss"], rel=1e-4)
