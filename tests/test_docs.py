@@ -67,7 +67,7 @@ def test_every_setting_with_its_type_and_default(name):
 
 
 def test_settings_beside_the_sections():
-    beside = [row[0] for row in table_rows(sections(RUN_FILE_PAGE)["tasks and output"], 5)]
+    beside = [row[0] for row in table_rows(sections(RUN_FILE_PAGE)["output"], 5)]
     assert {f.name for f in dataclasses.fields(RunConfig)} == {*SECTIONS, *(name.strip("`") for name in beside)}
     assert f"`{FROM}`" in [row[0] for row in table_rows(sections(RUN_FILE_PAGE)["adapter"], 5)]
     assert [f.name for f in dataclasses.fields(StartFrom)] == ["folder"]
@@ -103,7 +103,9 @@ def test_settings_free_to_change_when_going_on():
     from rankwise.recipes.resume import FREE, LENGTH, PROCESSES, ROUNDING
 
     text = sections(RUN_FILE_PAGE)["Going on"]
-    assert {*FREE, *ROUNDING, *LENGTH} - {PROCESSES} == set(re.findall(r"`((?:model|data|train)\.\w+|output)`", text))
+    assert {*FREE, *ROUNDING, *LENGTH} - {PROCESSES} == set(
+        re.findall(r"`((?:model|data|train|tasks)\.\w+|output)`", text)
+    )
 
 
 # --- the command line ----------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ class Example:
         targets: what a head is to say, in place of labels: a class, or 0 or 1 for each class, or a class for each token
             or IGNORED; of texts to be compared 0, the place of the right one among the row's own candidates.
         weights: runs of tokens that count other than once in the loss, each (first, behind the last, weight).
+        task: the name of its task, where a run has several.
         token_type_ids: which of two texts a token belongs to, for models that read it; else empty.
     """
 
@@ -45,6 +46,7 @@ class Example:
     targets: tuple[int, ...] = ()
     token_type_ids: tuple[int, ...] = ()
     weights: tuple[tuple[int, int, float], ...] = ()
+    task: str = ""
 
     @property
     def longest(self) -> int:

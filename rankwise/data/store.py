@@ -47,7 +47,7 @@ RELEASE_BYTES = 64 * 2**20
 
 _INT32 = "i"
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-_NOT_WRITTEN = ("source", "file", "line")
+_NOT_WRITTEN = ("source", "file", "line", "task")
 """Fields that are in the index, or known only of all rows together."""
 
 _HINTS = get_type_hints(Example)

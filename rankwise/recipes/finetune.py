@@ -14,8 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rankwise import distributed
 from rankwise.attach.checkpoint import read_tensors, save_adapter
+from rankwise.attach.gate_folder import is_gate_folder, read_gate_folder
 from rankwise.attach.inject import adapter_parameters
 from rankwise.errors import RankwiseError, RequestError, WorkError, WriteError
 from rankwise.models.sharding import is_sharded
@@ -30,6 +33,7 @@ from rankwise.recipes.provenance import adapter_hashes
 from rankwise.recipes.rank_map import vllm_max_lora_rank
 from rankwise.recipes.resume import usable_checkpoint
 from rankwise.recipes.run import RunConfig, flat_settings, rank_hint, read_run, run_yaml
+from rankwise.recipes.task_hooks import stage_plans, task_hooks
 from rankwise.say import Say, silent, to_stderr
 from rankwise.train.batches import InStep
 from rankwise.train.interrupt import Interrupted, StopRequest
@@ -118,6 +122,7 @@ def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | No
         hooks = [
             *moving_hooks(job, bar.say),
             evaluation_hook(job, folder, bar.say),
+            *task_hooks(job, folder),
             logging_hook(job, folder, bar, loggers),
             *([on_step] if on_step is not None else []),
             saving_hook(job, folder, stop, go_on),
@@ -126,7 +131,8 @@ def _carry_out(job: Job, folder: RunFolder, on_step: Callable[[Step], None] | No
         if job.mover is not None:
             batches = BeforeSteps(batches, job.mover)
         try:
-            fit(job.model, job.optimizer, batches, minimised(job.objective, train), job.plan, job.progress, hooks)
+            for plan in stage_plans(job, folder, bar.say):
+                fit(job.model, job.optimizer, batches, minimised(job.objective, train), plan, job.progress, hooks)
             return _finish(job, folder, bar.say)
         except Interrupted:
             raise
@@ -203,7 +209,7 @@ def _way_back(folder: RunFolder) -> str:
 
 def _summary(job: Job, folder: RunFolder, adapter_step: int) -> dict[str, Any]:
     progress = job.progress
-    saved = factors(read_tensors(folder.adapter), str(folder.adapter))
+    highest = max(A.shape[0] for A, _ in saved_factors(folder.adapter))
     return {
         "output": str(folder.path),
         "steps": progress.step,
@@ -214,7 +220,16 @@ def _summary(job: Job, folder: RunFolder, adapter_step: int) -> dict[str, Any]:
         "tokens_per_s": progress.num_tokens / progress.train_s,
         "peak_memory_bytes": peak_memory_bytes(job.model.device),
         "trainable_parameters": sum(parameter.numel() for parameter in adapter_parameters(job.model).values()),
-        "vllm_max_lora_rank": vllm_max_lora_rank(max(A.shape[0] for A, _ in saved.values())),
+        "vllm_max_lora_rank": vllm_max_lora_rank(highest),
         "resumed_from": job.resumed_from,
         "skipped_rows": sum(part.num_skipped for part in (job.data.train, job.data.valid) if part is not None),
+        **({} if job.tasks is None else {"tasks": job.tasks.run.summary()}),
     }
+
+
+def saved_factors(adapter: Path) -> list[tuple[Tensor, Tensor]]:
+    """A and B of every layer of an adapter's folder, or of all adapters of one that holds several."""
+    folders = [adapter]
+    if is_gate_folder(adapter):
+        folders = [adapter / name for name in read_gate_folder(adapter).adapters]
+    return [pair for folder in folders for pair in factors(read_tensors(folder), str(folder)).values()]

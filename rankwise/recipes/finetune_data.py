@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import PurePath
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rankwise.data.example import Example
 from rankwise.data.formats import FORMATS
 from rankwise.data.labels import check_labels
 from rankwise.data.loaded import Loaded, num_leaked
@@ -16,15 +17,16 @@ from rankwise.data.loader import accepted, check_any, load_split
 from rankwise.data.overlap import Overlap, overlap_in_short
 from rankwise.data.rows import BadRows, Problem
 from rankwise.data.splits import AUTO_LEAST_ROWS
-from rankwise.data.store import Examples
+from rankwise.data.tasked import TaskExamples
 from rankwise.data.templates import stop_token_ids
-from rankwise.data.training_set import TrainingSet, load_sources, training_set
+from rankwise.data.training_set import TrainingSet, joined, load_sources, training_set
 from rankwise.errors import RequestError, counted
 from rankwise.models.labels import Labels
 from rankwise.models.load import load_tokenizer
 from rankwise.models.probing import num_positions
 from rankwise.recipes.heads import training_labels
 from rankwise.recipes.run import RunConfig, StartFrom
+from rankwise.recipes.run_tasks import valid_files
 from rankwise.say import Say
 from rankwise.train.needs import NEEDS, remedy_for
 from rankwise.train.order import Share
@@ -49,6 +51,10 @@ class RunData:
     """What a classifier tells apart."""
     overlap: Overlap | None = None
     """Of the validation rows with training rows, looked for in few of both."""
+    tasks: tuple[str, ...] = ()
+    """Where the sources are tasks: their names."""
+    valid_sizes: tuple[int, ...] = ()
+    """Validation rows of each task, which lie in this order."""
 
     @property
     def train(self) -> Loaded:
@@ -71,10 +77,12 @@ class RunData:
         return len(self.training.held_out.examples) if self.training.held_out else 0
 
     @property
-    def valid_parts(self) -> dict[str, Examples]:
+    def valid_parts(self) -> Mapping[str, Sequence[Example]]:
         """The validation rows of each of several sources or files, by its name; empty for one, and for too many."""
         if self.valid is None:
             return {}
+        if self.tasks:
+            return self._valid_of_tasks(self.valid)
         if self.valid is self.training.held_out:
             ends = accumulate(self.training.held_sizes, initial=0)
             bounds = zip(self.training.names, pairwise(ends), strict=True)
@@ -85,6 +93,18 @@ class RunData:
             names = stems if len(set(stems)) == len(stems) else list(files)
             parts = dict(zip(names, files.values(), strict=True))
         return parts if 1 < len(parts) <= MOST_PARTS else {}
+
+    def _valid_of_tasks(self, valid: Loaded) -> dict[str, Sequence[Example]]:
+        examples = TaskExamples(valid.examples, self.tasks, self.valid_sizes)
+        bounds = zip(self.tasks, pairwise(accumulate(self.valid_sizes, initial=0)), strict=True)
+        return {name: examples[start:end] for name, (start, end) in bounds}
+
+    @property
+    def training_examples(self) -> Sequence[Example]:
+        """The training rows, which know their task where there are several."""
+        if not self.tasks:
+            return self.train.examples
+        return TaskExamples(self.train.examples, self.tasks, self.training.sizes)
 
     @property
     def pad_id(self) -> int:
@@ -139,7 +159,15 @@ def load_data(run: RunConfig, say: Say) -> RunData:
     labels = training_labels(config, layout, run.adapter.folder if isinstance(run.adapter, StartFrom) else None)
     parts = [used(*found) for found in load_sources(config, tokenizer, layout, say, check("train"), labels)]
     valid: Loaded | None = None
-    if config.valid is not None:
+    of_tasks: list[Loaded] = []
+    valid_sizes: tuple[int, ...] = ()
+    if files := valid_files(run.tasks):
+        of_tasks = [
+            used(*load_split(paths, tokenizer, config.for_files(paths), layout, say, check("valid"), labels))
+            for paths in files.values()
+        ]
+        valid, valid_sizes = joined(of_tasks, config.sources), tuple(len(part.examples) for part in of_tasks)
+    elif config.valid is not None:
         treated = config.for_files(config.valid)
         valid = used(*load_split(config.valid, tokenizer, treated, layout, say, check("valid"), labels))
     if problems:
@@ -148,7 +176,10 @@ def load_data(run: RunConfig, say: Say) -> RunData:
         check_labels(labels)
     for source, part in zip(config.sources, parts, strict=True):
         check_any(part, source.path, config)
-    if valid is not None and config.valid is not None:
+    if valid_sizes:
+        for part, paths in zip(of_tasks, files.values(), strict=True):
+            check_any(part, paths, config)
+    elif valid is not None and config.valid is not None:
         check_any(valid, config.valid, config)
     training = training_set(config, parts, hold_out=valid is None and not run.train.evaluates_never)
     valid = valid or training.held_out
@@ -158,7 +189,23 @@ def load_data(run: RunConfig, say: Say) -> RunData:
     leaked = num_leaked(valid.examples, training.train.examples) if valid is not None else 0
     overlap = overlap_in_short(training.train.examples, valid.examples) if valid is not None else None
     stop_ids = stop_token_ids(tokenizer, config, layout) if run.train.needs.generates else ()
-    return RunData(tokenizer, training, valid, stop_ids, leaked, labels, overlap)
+    found = RunData(tokenizer, training, valid, stop_ids, leaked, labels, overlap)
+    if run.tasks.data:
+        found = replace(found, tasks=run.tasks.names, valid_sizes=valid_sizes or training.held_sizes)
+        check_held_out(found)
+    return found
+
+
+def check_held_out(data: RunData) -> None:
+    """Raises: RequestError where a task has no validation rows and others have."""
+    if data.valid is None:
+        return
+    for name, size in zip(data.tasks, data.valid_sizes, strict=True):
+        if not size:
+            raise RequestError(
+                f"no row of task '{name}' was held out for validation; give each task a valid file in tasks.data, or "
+                "raise data.valid_split"
+            )
 
 
 def check_objective(objective: str, split: str, format: str, why: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from itertools import islice
 
 from rankwise import distributed
-from rankwise.data.store import Examples
+from rankwise.data.example import Example
 from rankwise.errors import WorkError, counted
 from rankwise.evaluate.generate import generate_answers
 from rankwise.evaluate.perplexity import Likelihood, LossError, measure_loss, together
@@ -89,7 +91,7 @@ def _measured(job: Job) -> tuple[Likelihood, dict[str, float]]:
     data = job.data
     assert data.valid is not None
 
-    def measure(examples: Examples) -> Likelihood:
+    def measure(examples: Sequence[Example]) -> Likelihood:
         return measure_loss(
             job.model, job.objective, examples, data.pad_id, job.run.train.micro_rows, job.batches.packing
         )  # fmt: skip
@@ -105,17 +107,21 @@ def _generate_samples(job: Job, folder: RunFolder, step: int) -> None:
     data, train = job.data, job.run.train
     assert data.valid is not None
     # rows of plain text ask nothing
-    asked = list(islice((example for example in data.valid.examples if example.prompt_ids), train.num_samples))
-    if not asked:
-        return
-    answers = generate_answers(
-        job.model, data.tokenizer, [example.prompt_ids for example in asked], train.longest_sample_tokens,
-        batch_size=train.micro_rows, stop_ids=data.stop_ids,
-    )  # fmt: skip
-    for example, answer in zip(asked, answers, strict=True) if distributed.is_first() else ():
-        folder.samples.append(
-            {"step": step, "prompt": example.prompt_text, "answer": answer, "reference": example.answer}
-        )
+    parts = data.valid_parts if job.tasks is not None else {"": data.valid.examples}
+    for number, (name, examples) in enumerate(parts.items()):
+        share = train.num_samples // len(parts) + (number < train.num_samples % len(parts))  # spread over tasks
+        asked = list(islice((example for example in examples if example.prompt_ids), share))
+        if not asked:
+            continue
+        with job.tasks.on(name) if job.tasks is not None else contextlib.nullcontext():
+            answers = generate_answers(
+                job.model, data.tokenizer, [example.prompt_ids for example in asked], train.longest_sample_tokens,
+                batch_size=train.micro_rows, stop_ids=data.stop_ids,
+            )  # fmt: skip
+        of_task = {"task": name} if job.tasks is not None else {}
+        for example, answer in zip(asked, answers, strict=True) if distributed.is_first() else ():
+            said = {"prompt": example.prompt_text, "answer": answer, "reference": example.answer}
+            folder.samples.append({"step": step, **of_task, **said})
 
 
 def logging_hook(job: Job, folder: RunFolder, bar: ProgressBar, loggers: Loggers) -> Hook:
@@ -140,6 +146,7 @@ def logging_hook(job: Job, folder: RunFolder, bar: ProgressBar, loggers: Loggers
         progress.loss = progress.interval_loss / progress.interval_trained
         line = {
             "step": step.number,
+            **({} if job.tasks is None else {"stage": job.tasks.run.stage_name(step.number)}),
             "loss": progress.loss,
             "lr": step.lr,
             "grad_norm": None if step.is_skipped else step.grad_norm,
@@ -170,11 +177,12 @@ def saving_hook(job: Job, folder: RunFolder, stop: StopRequest, go_on: str) -> H
 
     def save(step: Step) -> None:
         # read once: a request that comes while saving waits for the next step's end; all processes stop at one step
-        stopping = distributed.any_process(stop.asked) and not step.is_last
+        is_over = step.stops_early or step.number == job.plan.num_steps  # a stage's last step is none of the run's
+        stopping = distributed.any_process(stop.asked) and not is_over
         is_best = job.run.train.keep_best and job.progress.evaluations.best_step == step.number
         if stopping or is_best or period.due(step):
             save_checkpoint(folder.path, job.model, job.optimizer, job.progress, job.settings, keep)
         if stopping:
-            raise Interrupted(f"stopped after step {step.number} of {step.num_steps}, saved; go on with: {go_on}")
+            raise Interrupted(f"stopped after step {step.number} of {job.plan.num_steps}, saved; go on with: {go_on}")
 
     return save

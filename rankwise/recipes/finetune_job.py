@@ -42,6 +42,9 @@ from rankwise.recipes.provenance import data_hashes, provenance
 from rankwise.recipes.rank_movers import rank_mover
 from rankwise.recipes.resume import as_begun, check_length, check_settings, run_precision, training_settings
 from rankwise.recipes.run import RunConfig, StartFrom, check_task_type, with_section
+from rankwise.recipes.task_run import check_same_stages
+from rankwise.recipes.task_setup import begin_tasks, tasks_of_run
+from rankwise.recipes.task_stages import TaskStages
 from rankwise.say import Say
 from rankwise.train.batches import MicroBatches
 from rankwise.train.config import AUTO, TrainConfig
@@ -59,6 +62,8 @@ from rankwise.train.scale import LossScale
 from rankwise.train.shares import share_state
 from rankwise.train.state import Checkpoint, restore
 from rankwise.train.statistics import norms
+from rankwise.train.task_order import TaskOrder
+from rankwise.train.tasked import for_tasks
 
 
 @dataclass
@@ -79,6 +84,8 @@ class Job:
     checkpoint: Checkpoint | None
     mover: RankMover | None
     """Moves the ranks, where they move."""
+    tasks: TaskStages | None = None
+    """The tasks and stages, where the run has several tasks."""
 
     @property
     def resumed_from(self) -> int | None:
@@ -119,18 +126,31 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     if checkpoint is not None:
         check_settings(checkpoint, settings, say)
         check_length(checkpoint, run.train, num_rows)
+        check_same_stages(run, as_begun(checkpoint, run.train))
         check_same_moves(run, as_begun(checkpoint, run.train), num_rows, checkpoint.step)
     plan = _plan(run, num_rows)
     model = _model_in_step(run, precision, data, device, say, checkpoint is not None)
     run = with_measured_plan(run, ranks(model))
     settings["ranks.plan"] = run.ranks.plan
-    order = RowOrder(data.shares, run.train.batch_size, run.train.num_rows(num_rows), run.train.seed)
+    tasks = tasks_of_run(run, model, data)
+    order: RowOrder | TaskOrder = (
+        RowOrder(data.shares, run.train.batch_size, run.train.num_rows(num_rows), run.train.seed)
+        if tasks is None
+        else tasks.run.order
+    )
     goes_on = isinstance(run.adapter, StartFrom) and run.train.objective == "dpo"
     if run.train.statistics:
         plan = dataclasses.replace(plan, measure=lambda: norms(adapter_parameters(model)))
     objective = objective_of(run.train, StartingAdapter(model).in_place if goes_on else disabled)
     packing = run.data.packing is True
-    batches = MicroBatches(objective, data.train.examples, order, run.train.micro_rows, data.pad_id, packing, device)
+    examples = data.training_examples
+    batches = MicroBatches(objective, examples, order, run.train.micro_rows, data.pad_id, packing, device)
+    if tasks is not None:
+        rehearse(model, objective, batches)  # what is found out about a model, on the plain adapter
+        objective = for_tasks(objective, data.tasks, tasks.route)
+        batches = MicroBatches(objective, examples, order, run.train.micro_rows, data.pad_id, packing, device)
+        begin_tasks(tasks, run, objective, data, checkpoint)
+        plan = tasks.run.plan(plan)
     mover = rank_mover(run, model, num_rows)
     if mover is not None and checkpoint is not None:
         mover.restore(checkpoint.progress)
@@ -144,8 +164,11 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
         lambda: provenance(model, run.model.revision, hashes, start, checkpoint.step if checkpoint else None)
     )
     progress = Progress(scale=LossScale.of(precision.name))
-    job = Job(run, model, data, batches, objective, plan, optimizer, progress, settings, record, checkpoint, mover)
-    _rehearse(job)
+    job = Job(
+        run, model, data, batches, objective, plan, optimizer, progress, settings, record, checkpoint, mover, tasks
+    )
+    if tasks is None:
+        rehearse(model, objective, batches)
     seed_everything(process_seed(run.train.seed, distributed.rank()))
     if checkpoint is not None:
         restore(checkpoint, model, optimizer, run.train.seed)
@@ -208,8 +231,9 @@ def optimizer_of(train: TrainConfig, model: PreTrainedModel) -> torch.optim.Opti
             f"train.loraplus_ratio ({train.loraplus_ratio:g}) has no effect: no adapted layer has a B that it is for "
             "(embeddings have none); set it to 1"
         )
+    trained = {name: parameter for name, parameter in adapter_parameters(model).items() if parameter.requires_grad}
     return make_optimizer(
-        adapter_parameters(model), train.lr, train.betas, train.weight_decay, train.optimizer, faster,
+        trained, train.lr, train.betas, train.weight_decay, train.optimizer, faster,
         train.loraplus_ratio,
     )  # fmt: skip
 
@@ -278,13 +302,13 @@ def _base_name(run: RunConfig) -> str:
     return str(Path(source).absolute()) if Path(source).is_dir() else source
 
 
-def _rehearse(job: Job) -> None:
+def rehearse(model: PreTrainedModel, objective: Objective, batches: MicroBatches) -> None:
     """One forward without gradients: what can't work (packing, a row too long) shows before anything is written.
 
     The numeric checks that the loss and the packing make of a model are done here too, once, outside of the run.
     """
-    batch = job.batches.first(1)
-    if job.objective.count(batch):
-        with untouched(job.model, job.model.device):
-            job.objective.losses(job.model, batch)
-    job.objective.meter.pour({})  # no figure of the rehearsal goes into the run's
+    batch = batches.first(1)
+    if objective.count(batch):
+        with untouched(model, model.device):
+            objective.losses(model, batch)
+    objective.meter.pour({})  # no figure of the rehearsal goes into the run's

@@ -4,6 +4,7 @@ adapter/            PEFT's format, the run's result
 run.yaml            the run as it was resolved, enough to repeat it
 metrics.jsonl       one line for each logged step
 samples.jsonl       answers generated while training
+conflict.jsonl      of several tasks: the cosines of their gradients by layer
 summary.json        the run in a few figures
 status.json         how the run stands: running, finished, stopped, failed
 provenance.json     versions, commit, hashes of data, base and adapter
@@ -22,6 +23,7 @@ from filelock import FileLock, Timeout
 from rankwise.errors import RequestError
 from rankwise.files import obstacle, sweep, write_json, write_text
 from rankwise.recipes.names import (
+    CONFLICT_FILE,
     JOB_FILE,
     LOCK_FILE,
     METRICS_FILE,
@@ -51,6 +53,7 @@ class RunFolder:
         self.loggers = path / "loggers"
         self.metrics = JsonLines(path / METRICS_FILE)
         self.samples = JsonLines(path / "samples.jsonl")
+        self.conflict = JsonLines(path / CONFLICT_FILE)
         self.run_file = path / RUN_FILE
         self.summary = path / SUMMARY_FILE
 
@@ -127,8 +130,9 @@ class RunFolder:
             sweep(folder)
         if self.metrics.path.exists() or step:
             self.metrics.drop_after(step)
-        if self.samples.path.exists():
-            self.samples.drop_after(step)
+        for lines in (self.samples, self.conflict):
+            if lines.path.exists():
+                lines.drop_after(step)
         write_text(self.run_file, run_yaml)
 
     def write_summary(self, summary: dict[str, object]) -> None:

@@ -23,7 +23,7 @@ FREE = (
     "output", "model.trust_remote_code", "data.test", "train.log_every", "train.evaluate_every",
     "train.save_every", "train.keep_checkpoints", "train.keep_best", "train.early_stopping",
     "train.early_stopping_min_delta", "train.loggers", "train.statistics", "train.samples", "train.sample_tokens",
-    "train.share_optimizer_from", "data.workers", "data.cache",
+    "train.share_optimizer_from", "data.workers", "data.cache", "tasks.conflict_every",
 )  # fmt: skip
 """Settings that change nothing in what is learned."""
 
@@ -39,7 +39,7 @@ ROUNDING = (
 BEFORE: dict[str, Any] = {
     "data.valid_split": 0, "data.split_by": BY_HASH, "data.mixing_temperature": None, "data.text_rows": LINE,
     "data.sources": [{"weight": None, "epochs": None, "format": None, "columns": None}],
-    "data.on_bad_row": ERROR,
+    "data.on_bad_row": ERROR, "tasks.data": [],
 }  # fmt: skip
 """What checkpoints of earlier versions, which do not have these settings, did."""
 
@@ -55,6 +55,7 @@ def training_settings(run: RunConfig, data: Mapping[str, Mapping[str, str]]) -> 
         {"weight": one.weight, "epochs": one.epochs, "format": one.format, "columns": one.columns}
         for one in run.data.sources
     ]
+    settings["tasks.data"] = list(run.tasks.names)
     for split in ("train", "valid"):
         settings[f"data.{split}"] = joined_hash(dict(data[split])) if split in data else None
     return settings

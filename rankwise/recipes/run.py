@@ -23,6 +23,14 @@ from rankwise.data.formats import FORMATS
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
 from rankwise.ranks.config import MOVING, PLANNED, RESIZING, RanksConfig
+from rankwise.recipes.run_tasks import (
+    absolute_task_paths,
+    adapter_of_tasks,
+    check_tasks,
+    with_task_files,
+    without_task_files,
+)
+from rankwise.tasks.config import TasksConfig
 from rankwise.train.config import AUTO, TrainConfig
 from rankwise.train.needs import NEEDS, remedy_for
 
@@ -33,8 +41,9 @@ SECTIONS: dict[str, type[Any]] = {
     "data": DataConfig,
     "train": TrainConfig,
     "ranks": RanksConfig,
+    "tasks": TasksConfig,
 }
-"""Sections that are mappings; `tasks` and `output` stand beside them."""
+"""Sections that are mappings; `output` stands beside them."""
 
 EMBEDDED_MODELS = ("demo", "demo-encoder")
 DATA_FILES = ("train", "valid", "test")
@@ -60,12 +69,12 @@ class RunConfig:
     adapter: LoraConfig | StartFrom = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     ranks: RanksConfig = field(default_factory=RanksConfig)
-    tasks: Mapping[str, Any] = field(default_factory=dict)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
     output: str | None = None
 
     def __post_init__(self) -> None:
-        if self.tasks:
-            raise RequestError(f"tasks ({', '.join(self.tasks)}): not available yet; set it to {{}}, and use data:")
+        if self.tasks.data:
+            check_tasks(self)
         self._check_adapter()
         self._check_ranks()
         self._check_moving_ranks()
@@ -229,15 +238,16 @@ def rank_hint(
 def build_run(document: Mapping[str, Any]) -> RunConfig:
     """A RunConfig from a mapping whose paths are absolute. Raises: as `read_run`."""
     check_keys(document)
+    document = with_task_files(document)
     sections: dict[str, Any] = {
         name: build(kind, document.get(name), name) for name, kind in SECTIONS.items() if name != "adapter"
     }
     output = document.get("output")
     if output is not None and not isinstance(output, str):
         raise RequestError(f"output must be a folder, not {output!r}")
-    return RunConfig(
-        **sections, adapter=_adapter(document.get("adapter")), tasks=document.get("tasks") or {}, output=output
-    )
+    adapters: dict[str, str] | None = sections["tasks"].adapters
+    adapter = _adapter(document.get("adapter")) if adapters is None else adapter_of_tasks(document, adapters)
+    return RunConfig(**sections, adapter=adapter, output=output)
 
 
 def _adapter(section: Mapping[str, Any] | None) -> LoraConfig | StartFrom:
@@ -268,14 +278,12 @@ def check_keys(document: Mapping[str, Any]) -> None:
     """Every key is known. Raises: RequestError naming the nearest known key, in whatever section it is."""
     inside = [f"{name}.{item.name}" for name, kind in SECTIONS.items() for item in fields(kind)]
     inside.append(f"adapter.{FROM}")
-    top = [*SECTIONS, "tasks", "output"]
+    top = [*SECTIONS, "output"]
     for key, value in document.items():
         if key not in top:
             raise RequestError(f"unknown setting '{key}'{did_you_mean(key, [*top, *inside])}")
         if key in SECTIONS and value is not None and not isinstance(value, Mapping):
             raise RequestError(f"{key} must be a mapping of settings, not {value!r}")
-        if key == "tasks" and value is not None and not isinstance(value, Mapping):
-            raise RequestError(f"tasks must be a mapping, not {value!r}")
         for name in value if key in SECTIONS and value else ():
             if f"{key}.{name}" not in inside:
                 raise RequestError(f"unknown setting '{key}.{name}'{did_you_mean(f'{key}.{name}', inside)}")
@@ -284,13 +292,15 @@ def check_keys(document: Mapping[str, Any]) -> None:
 def run_document(run: RunConfig) -> dict[str, Any]:
     """The run as plain values, in the order of a run file; `read_run` of it gives an equal run."""
     adapter = {FROM: run.adapter.folder} if isinstance(run.adapter, StartFrom) else to_dict(run.adapter)
+    if run.tasks.adapters is not None:
+        adapter = {}
     return {
         "model": to_dict(run.model),
         "adapter": adapter,
-        "data": to_dict(run.data),
+        "data": without_task_files(run) if run.tasks.data else to_dict(run.data),
         "train": to_dict(run.train),
         "ranks": to_dict(run.ranks),
-        "tasks": dict(run.tasks),
+        "tasks": to_dict(run.tasks),
         "output": run.output,
     }
 
@@ -408,6 +418,8 @@ def absolute_paths(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         inside = result.get(section)
         if isinstance(inside, Mapping) and name in inside:
             result[section] = {**inside, name: change(inside[name])}
+    if isinstance(result.get("tasks"), Mapping):
+        result["tasks"] = absolute_task_paths(result["tasks"], absolute)
     if "output" in result:
         result["output"] = absolute(result["output"])
     return result

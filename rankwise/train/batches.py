@@ -11,6 +11,7 @@ from rankwise import distributed
 from rankwise.data.example import Example
 from rankwise.train.objective import Filler, MicroBatch, Objective
 from rankwise.train.order import RowOrder
+from rankwise.train.task_order import TaskOrder
 
 
 class MicroBatches:
@@ -30,7 +31,7 @@ class MicroBatches:
         self,
         objective: Objective,
         examples: Sequence[Example],
-        order: RowOrder,
+        order: RowOrder | TaskOrder,
         micro_batch_size: int,
         pad_id: int,
         packing: bool,

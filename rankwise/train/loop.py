@@ -69,6 +69,8 @@ class Progress:
     """Likewise: each follows from the one before, so that they can't be computed again to the last bit."""
     importance: list[list[float]] = field(default_factory=list)
     """What `ranks.policy: adaptive` remembers of each layer's components."""
+    tasks: dict[str, Any] = field(default_factory=dict)
+    """Where a run on several tasks stands with them: its stage, the tasks' shares and losses."""
     evaluations: Evaluations = field(default_factory=Evaluations)
     watch: LossWatch = field(default_factory=LossWatch)
     scale: LossScale = field(default_factory=LossScale)

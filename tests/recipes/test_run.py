@@ -127,7 +127,7 @@ def test_starting_from_an_adapter(tmp_path: Path) -> None:
         ("adapter.revision=main", ("adapter.revision (main)", "model.revision")),
         ("data={valid: null, valid_split: 0}", ("train.evaluate_every (50)", "no effect", "data.valid")),
         ("train.evaluate_every=0", ("data.valid has no effect", "train.evaluate_every")),
-        ("tasks={rude: 1}", ("tasks", "rude", "not available yet")),
+        ("tasks={rude: 1}", ("unknown setting", "tasks.rude")),
         ("ranks.policy=grown", ("ranks.policy", "did you mean 'grow'")),
         (
             "ranks={policy: layered, depth: up, every: 3}",

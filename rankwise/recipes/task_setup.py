@@ -1,0 +1,122 @@
+"""The tasks of a run as it is prepared: their adapters where they begin with some, and the stage that the run is in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from rankwise.attach.attachment import need_attachment
+from rankwise.attach.gates import Part, taken_out
+from rankwise.attach.inject import attach, detach
+from rankwise.errors import RequestError
+from rankwise.recipes.finetune_data import RunData
+from rankwise.recipes.names import PROVENANCE_FILE
+from rankwise.recipes.provenance import model_hashes
+from rankwise.recipes.run import RunConfig
+from rankwise.recipes.task_conflict import ConflictMeter
+from rankwise.recipes.task_layers import Beginning
+from rankwise.recipes.task_run import TaskRun
+from rankwise.recipes.task_stages import TaskStages
+from rankwise.train.objective import Objective
+from rankwise.train.state import CHECKPOINTS, Checkpoint
+
+
+def tasks_of_run(run: RunConfig, model: PreTrainedModel, data: RunData) -> TaskStages | None:
+    """The tasks and stages of a run whose plain adapter is attached; None for a run without tasks.
+
+    Raises: RequestError for stages that don't fit the run's length, or adapters that don't fit the model.
+    """
+    if not run.tasks.data:
+        return None
+    if run.tasks.drawn.by == "behind" and data.valid is None:
+        raise RequestError(
+            "tasks.sampling.by: behind reads validation losses, and there are no validation rows; give the tasks valid "
+            "files"
+        )
+    standing = TaskRun(run, data.training.sizes)
+    given = None
+    if run.tasks.adapters is not None:
+        given = _given_adapters(run, model)
+    return TaskStages(standing, model, given)
+
+
+def begin_tasks(
+    tasks: TaskStages, run: RunConfig, objective: Objective, data: RunData, checkpoint: Checkpoint | None
+) -> None:
+    """Puts the tasks where a checkpoint left them, or at the run's start."""
+    if run.tasks.measures_conflict:
+        examples = data.training_examples
+        ends = [0]
+        for size in data.training.sizes:
+            ends.append(ends[-1] + size)
+        rows = {name: examples[ends[i] : ends[i + 1]] for i, name in enumerate(data.tasks)}
+        layout = run.train.micro_rows, data.pad_id, run.data.packing is True
+        tasks.measure = ConflictMeter(
+            tasks.model, objective, rows, run.tasks.rows_for_conflict, layout, run.train.seed, tasks.together
+        ).measure
+    if checkpoint is not None:
+        tasks.run.restore(checkpoint.progress.tasks)
+        tasks.resume()
+
+
+def _given_adapters(run: RunConfig, model: PreTrainedModel) -> dict[str, Part]:
+    """The adapter that each task begins with. The plain one is attached again after them.
+
+    Raises: RequestError for one of another base, of other layers, or that can't be one of several.
+    """
+    assert run.tasks.adapters is not None
+    beginning = Beginning.of(model)
+    own_hashes = _weights_of(model_hashes(model, run.model.revision))
+    detach(model)
+    found: dict[str, Part] = {}
+    for name in run.tasks.names:
+        folder = Path(run.tasks.adapters[name])
+        _check_base(name, folder, own_hashes)
+        part = taken_out(model, folder, name)
+        if part.factors.keys() != beginning.ranks.keys():
+            other = next(iter(part.factors.keys() ^ beginning.ranks.keys()))
+            which = f"'{name}' adapts" if other in part.factors else f"'{name}' does not adapt"
+            raise RequestError(
+                f"tasks.adapters: {which} the layer '{other}', unlike the first of them; adapters of one run need the "
+                "same layers (ranks may differ)"
+            )
+        if part.head != beginning.head:
+            raise RequestError(
+                f"tasks.adapters: the head of '{name}' means other labels ({part.head}) than the run's data "
+                f"({beginning.head}); use adapters that were trained for the same labels"
+            )
+        found[name] = part
+    attach(model, beginning.config, generator=torch.Generator().manual_seed(run.train.seed))
+    need_attachment(model).head = beginning.head
+    return found
+
+
+def _weights_of(record: dict[str, object]) -> dict[str, str]:
+    """The hashes of a base's weight files, from a record of provenance."""
+    files = record.get("files")
+    if not isinstance(files, dict):
+        return {}
+    return {str(name): str(file["sha256"]) for name, file in files.items() if str(name).endswith(".safetensors")}
+
+
+def _check_base(name: str, folder: Path, own: dict[str, str]) -> None:
+    """Raises: RequestError when the run that an adapter is of says that its base was another one."""
+    above = folder.absolute().parents
+    places = [above[0]] + ([above[2]] if len(above) > 2 and above[1].name == CHECKPOINTS else [])
+    record = next((place / PROVENANCE_FILE for place in places if (place / PROVENANCE_FILE).is_file()), None)
+    if record is None:
+        return
+    try:
+        base = json.loads(record.read_text(encoding="utf-8"))["base"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"tasks.adapters: '{record}' of '{name}' can't be read: {error}") from None
+    theirs = _weights_of(base)
+    if theirs and own and theirs != own:
+        raise RequestError(
+            f"tasks.adapters: '{name}' ('{folder}') was trained on another base, {base.get('name')} "
+            f"(sha256 {next(iter(theirs.values()))[:12]}), than this run's (sha256 {next(iter(own.values()))[:12]}); "
+            "use adapters of one base"
+        )
