@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from rankwise.ranks.dynamic import set_ranks as set_ranks
     from rankwise.recipes.finetune import train as train
     from rankwise.recipes.run import RunConfig as RunConfig
+    from rankwise.tasks.router import fit_router as fit_router
 
 SURFACE: dict[str, tuple[str, str]] = {
     "LoraConfig": ("rankwise.adapters.config", "LoraConfig"),
@@ -54,6 +55,7 @@ SURFACE: dict[str, tuple[str, str]] = {
     "merge": ("rankwise.attach.inject", "merge_in"),
     "disabled": ("rankwise.attach.inject", "disabled"),
     "ranks": ("rankwise.attach.inject", "ranks"),
+    "fit_router": ("rankwise.tasks.router", "fit_router"),
     "set_ranks": ("rankwise.ranks.dynamic", "set_ranks"),
     "attach_gate": ("rankwise.attach.gates", "attach_gate"),
     "attach_embedding": ("rankwise.attach.gates", "attach_embedding"),

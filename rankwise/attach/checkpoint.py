@@ -154,6 +154,11 @@ def read_config(folder: Path_) -> LoraConfig:
     Raises: RequestError when there is none, or it is not one that can be read.
     """
     text = _text(folder, peft_format.CONFIG_FILE)
+    if text is None and (Path(folder) / TASKS_FILE).is_file():
+        raise RequestError(
+            f"'{folder}' holds several adapters under a gate, not one: give the folder of one of them, or fold them "
+            f"into one by `rankwise fold {folder} --out DIR`"
+        )
     if text is None:
         reason = "is not a folder" if not Path(folder).is_dir() else f"has no {peft_format.CONFIG_FILE}"
         raise RequestError(f"'{folder}' is not an adapter: it {reason}")

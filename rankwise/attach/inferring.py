@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from rankwise.adapters.mixture import Mixture
 from rankwise.attach.attachment import adapter_layers
@@ -61,8 +62,8 @@ def _before(
         or not any(layer.active for layer in adapter_layers(owner).values())
     ):
         return
-    cache = named.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0 and routing.inferred is not None:
+    caches = [value for value in named.values() if isinstance(value, Cache)]  # releases differ in the argument's name
+    if routing.inferred is not None and any(cache.get_seq_length() > 0 for cache in caches):
         return
     ids = arguments[0] if arguments else named.get("input_ids")
     if not isinstance(ids, Tensor):

@@ -8,8 +8,9 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
-    """TARGET, `--base`, `--device`, `--precision`, `--chat-template`."""
+    """TARGET, `--task`, `--base`, `--device`, `--precision`, `--chat-template`."""
     parser.add_argument("target", metavar="TARGET", help="a run folder, adapter folder, model folder or model name")
+    parser.add_argument("--task", metavar="NAME", help="of several adapters under a gate: the task that it is about")
     parser.add_argument("--base", metavar="MODEL", help="the adapter's base model, where it is not the one it names")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the model's weights and arithmetic")

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Reads lines until /quit or the end of input; the document holds the conversation."""
     from rankwise.recipes.generate import Conversation, open_session
 
-    session = open_session(args.target, args.base, args.device, args.precision, args.chat_template)
+    session = open_session(args.target, args.base, args.device, args.precision, args.chat_template, args.task)
     talk = Conversation(session, args.system, args.max_new_tokens)
     print(f"{args.target} on {session.device}. {HELP}.", file=sys.stderr)
     while (line := _read()) is not None and line != "/quit":

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         data=args.data, metrics=None if metrics is None else tuple(metrics), rows=args.rows,
         batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, precision=args.precision,
         max_length=args.max_length, chat_template=args.chat_template, copy=args.copy,
-        sharding=args.sharding,
+        sharding=args.sharding, task=args.task,
     )  # fmt: skip
     return evaluate(args.target, config, base=args.base, device=args.device, progress=True)
 

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Answers; see `recipes.generate`."""
     from rankwise.recipes.generate import open_session
 
-    session = open_session(args.target, args.base, args.device, args.precision, args.chat_template)
+    session = open_session(args.target, args.base, args.device, args.precision, args.chat_template, args.task)
     answers = session.answer_all(args.prompt, args.system, args.max_new_tokens, args.batch_size)
     pairs = zip(args.prompt, answers, strict=True)
     return {"target": args.target, "results": [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]}

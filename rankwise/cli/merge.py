@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("adapter", metavar="ADAPTER", help="a run folder or an adapter folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; must not exist")
+    parser.add_argument("--task", metavar="NAME", help="of several adapters under a gate: the task to merge")
     parser.add_argument("--dtype", choices=MERGE_DTYPES, help="of the merged weights; not given: the base's own")
     parser.add_argument("--base", metavar="MODEL", help="the adapter's base model, where it is not the one it names")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
@@ -21,7 +22,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Merges; see `recipes.merge`."""
     from rankwise.recipes.merge import merge
 
-    return merge(args.adapter, args.out, dtype=args.dtype, base=args.base, device=args.device)
+    return merge(args.adapter, args.out, dtype=args.dtype, base=args.base, device=args.device, task=args.task)
 
 
 def show(result: dict[str, Any]) -> None:

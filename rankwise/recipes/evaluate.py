@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import distributed
-from rankwise.attach.inject import disabled
+from rankwise.attach.gates import on_task, set_task, tasks_of
 from rankwise.data.config import DataConfig
 from rankwise.data.example import Example
 from rankwise.data.fields import PREFERENCES
@@ -23,10 +23,13 @@ from rankwise.data.templates import stop_token_ids
 from rankwise.errors import RequestError
 from rankwise.evaluate.answers import LOSS_METRICS, METRICS, check_metrics, score
 from rankwise.evaluate.generate import generate_answers
-from rankwise.evaluate.perplexity import measure_loss
+from rankwise.evaluate.perplexity import Likelihood, measure_loss, together
+from rankwise.models.sharding import is_sharded
 from rankwise.recipes.evaluate_config import EvaluateConfig
 from rankwise.recipes.evaluate_heads import check_head_metrics, evaluate_head, is_head
-from rankwise.recipes.target import Target, find_target, open_target, target_tokenizer
+from rankwise.recipes.target import Opened, Target, find_target, need_task, open_target, target_tokenizer
+from rankwise.recipes.task_views import View, seen, views_of
+from rankwise.tasks.router import inferred_tasks
 from rankwise.train.needs import NEEDS
 from rankwise.train.objective import Objective
 from rankwise.train.objectives import OBJECTIVES, objective_of
@@ -83,7 +86,8 @@ def evaluate(
 
 def _evaluate(name: str, config: EvaluateConfig, base: str | None, device: str, progress: bool) -> dict[str, Any]:
     with distributed.together():
-        target = find_target(name, base, device, config.chat_template)
+        target = find_target(name, base, device, config.chat_template, config.task)
+        need_task(target)
     if is_head(target):
         return _of_head(target, config, progress)
     with distributed.together():
@@ -98,17 +102,58 @@ def _evaluate(name: str, config: EvaluateConfig, base: str | None, device: str, 
             print(line, file=sys.stderr)
     opened = open_target(target, config.precision, config.sharding)
     graded = [copied(exam)] if config.copy else []
-    if target.adapter is None:
-        graded.append(grade(opened.model, exam, target.name))
-    else:
-        with disabled(opened.model):
-            graded.append(grade(opened.model, exam, "base"))
-        graded.append(grade(opened.model, exam, "adapter"))
+    graded += grade_views(opened, exam)
     return {
         "target": name, "kind": target.kind, "data": file, "rows": len(exam.examples), "precision": opened.precision,
         "truncated": loaded.num_truncated, "warnings": list(loaded.warnings),
         "results": [entry.result for entry in graded],
     }  # fmt: skip
+
+
+def grade_views(opened: Opened, exam: Exam) -> list[Graded]:
+    """A row of the table for each view of the target; one that is the same as another is not measured again.
+
+    Raises: RequestError for an inferred gate that is spread over processes.
+    """
+    if opened.target.gate is not None:
+        set_task(opened.model, None)  # each view says its own
+    graded: list[tuple[View, Graded]] = []
+    for view in views_of(opened.target):
+        same = [own for done, own in graded if view.given is not None and done.given == view.given]
+        if same:
+            one = Graded({**same[0].result, "target": view.name}, same[0].answers)
+        elif view.is_routed:
+            one = _grade_routed(opened, exam, view.name)
+        else:
+            with seen(opened.model, view):
+                one = grade(opened.model, exam, view.name)
+        graded.append((view, one))
+    return [one for _, one in graded]
+
+
+def _grade_routed(opened: Opened, exam: Exam, name: str) -> Graded:
+    """Each row under the task that the classifier finds for its prompt (of plain text: for the whole row)."""
+    if is_sharded(opened.model):
+        raise RequestError("an inferred gate reads whole models only; leave --sharding out, or give --task")
+    pad_id = exam.tokenizer.pad_token_id
+    assert isinstance(pad_id, int), "load_tokenizer gives every tokenizer a pad token"
+    prompts = [example.prompt_ids or example.input_ids for example in exam.examples]
+    found = inferred_tasks(opened.model, prompts, pad_id, exam.batch_size)
+    tasks = tasks_of(opened.model)
+    parts: list[Likelihood] = []
+    answers: dict[int, str] = {}
+    for number, task in enumerate(tasks):
+        places = [i for i, other in enumerate(found.tolist()) if other == number]
+        if places:
+            part = dataclasses.replace(exam, examples=[exam.examples[i] for i in places])
+            with on_task(opened.model, task):
+                likelihood, own = _measured(opened.model, part)
+            parts += [likelihood] if likelihood is not None else []
+            answers |= dict(zip(places, own, strict=False))
+    routed = {task: float((found == number).double().mean()) for number, task in enumerate(tasks)}
+    result = _graded(exam, name, together(parts) if parts else None, [answers[i] for i in sorted(answers)]).result
+    more = {} if opened.target.task is None else {"routing_accuracy": routed[opened.target.task]}
+    return Graded({**result, "routed": routed, **more}, [answers[i] for i in sorted(answers)])
 
 
 def measured_objective(target: Target, data: DataConfig) -> Objective:
@@ -218,19 +263,31 @@ def make_exam(
 
 def grade(model: PreTrainedModel, exam: Exam, name: str) -> Graded:
     """The model's figures under `name`: those of `exam.metrics`, in the order of the contract."""
-    figures: dict[str, float] = {}
+    return _graded(exam, name, *_measured(model, exam))
+
+
+def _measured(model: PreTrainedModel, exam: Exam) -> tuple[Likelihood | None, list[str]]:
+    """What the metrics are of: the likelihood, and the answers, where they are asked for."""
+    found: Likelihood | None = None
     if any(metric in LOSS_METRICS for metric in exam.metrics):
         pad_id = exam.tokenizer.pad_token_id
         assert isinstance(pad_id, int), "load_tokenizer gives every tokenizer a pad token"
         found = measure_loss(model, exam.objective, exam.examples, pad_id, exam.batch_size, exam.packing, exam.progress)
-        figures = {"loss": found.loss, "perplexity": found.perplexity}
-        figures |= {FIGURE_NAMES.get(name, name): value for name, value in found.figures.items()}
     answers: list[str] = []
     if any(metric in METRICS for metric in exam.metrics):
         prompts = [example.prompt_ids for example in exam.examples]
         answers = generate_answers(
             model, exam.tokenizer, prompts, exam.max_new_tokens, exam.batch_size, exam.progress, exam.stop_ids
         )
+    return found, answers
+
+
+def _graded(exam: Exam, name: str, found: Likelihood | None, answers: list[str]) -> Graded:
+    figures: dict[str, float] = {}
+    if found is not None:
+        figures = {"loss": found.loss, "perplexity": found.perplexity}
+        figures |= {FIGURE_NAMES.get(name, name): value for name, value in found.figures.items()}
+    if answers:
         figures.update(score(answers, exam.references, exam.metrics))
     return Graded({"target": name, **_asked(figures, exam.metrics)}, answers)
 

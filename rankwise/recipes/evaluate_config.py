@@ -22,6 +22,7 @@ class EvaluateConfig:
         max_length, chat_template: in place of the run's, or of the defaults.
         copy: whether the prompt itself is scored as an answer too.
         sharding: of the model among several processes: as `train.sharding` of a run.
+        task: of a gate's, which the rows are of.
     """
 
     data: str | None = None
@@ -34,6 +35,7 @@ class EvaluateConfig:
     chat_template: str | None = None
     copy: bool = False
     sharding: str = "none"
+    task: str | None = None
 
     def __post_init__(self) -> None:
         if self.sharding not in SHARDINGS:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankwise import distributed
-from rankwise.attach.inject import disabled
+from rankwise.attach.gates import set_task
 from rankwise.data.config import DataConfig
 from rankwise.data.formats import FORMATS
 from rankwise.data.loader import load_examples
@@ -26,6 +26,7 @@ from rankwise.models.load import new_modules
 from rankwise.recipes.evaluate_config import EvaluateConfig
 from rankwise.recipes.processes import check_spread
 from rankwise.recipes.target import Opened, Target, open_target, target_head, target_tokenizer
+from rankwise.recipes.task_views import seen, views_of
 from rankwise.train.config import DEFAULT_POOLING, DEFAULT_TEMPERATURE
 from rankwise.train.objective import Meter, Objective
 from rankwise.train.objectives import OBJECTIVES, contrastive
@@ -80,10 +81,12 @@ def evaluate_head(
     opened = open_target(target, config.precision, config.sharding)
     examples = list(loaded.examples[: config.rows])
     results: list[dict[str, Any]] = []
-    for name in ("base", "adapter") if target.adapter is not None else (target.name,):
-        results.append(
-            {"target": name, **_figures(opened, examples, labels, name == "base", config.batch_size, progress)}
-        )
+    for view in views_of(target):
+        if target.gate is not None:
+            set_task(opened.model, None)  # each view says its own; a gate that infers does so as it reads
+        with seen(opened.model, view):
+            figures = _figures(opened, examples, labels, config.batch_size, progress)
+        results.append({"target": view.name, **figures})
     if target.adapter is not None and new_modules(opened.model) and labels is not None:
         results[0]["untrained_head"] = True
         _print("note: the base has no head of its own: its figures are of an untrained one")
@@ -96,11 +99,8 @@ def evaluate_head(
 
 
 def _figures(
-    opened: Opened, examples: Sequence[Any], labels: Labels | None, is_base: bool, batch_size: int, progress: bool
+    opened: Opened, examples: Sequence[Any], labels: Labels | None, batch_size: int, progress: bool
 ) -> dict[str, float]:
-    if is_base:
-        with disabled(opened.model):
-            return _figures(opened, examples, labels, False, batch_size, progress)
     pad_id = opened.tokenizer.pad_token_id
     assert isinstance(pad_id, int), "load_tokenizer gives every tokenizer a pad token"
     if labels is None:

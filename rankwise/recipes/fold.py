@@ -6,8 +6,11 @@ the tasks' adapters trained whole become one, in the same shares.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from rankwise.recipes.adapter_files import write_adapter
 from rankwise.recipes.inspect import FACTOR_NAMES, factors
 from rankwise.recipes.output import RUN_FILE
 from rankwise.recipes.rank_map import vllm_max_lora_rank
+from rankwise.recipes.target import Target
 from rankwise.tasks.folding import FoldedLayer, Share, Shares, folded_layer, shares_of
 from rankwise.train.state import ADAPTER
 
@@ -91,7 +95,7 @@ def fold(
         raise RequestError(f"--rank must be a whole number from 1, not {rank}")
     folder = gate_folder_of(target)
     spec, tables = read_gate_folder(folder), read_tables(folder)
-    shares = shares_of(spec, tables, target, task)
+    shares = shares_of(spec, tables, str(target), task)
     members = {name: read_member(folder / name) for name in spec.adapters}
     _check_shapes(members)
     layers = _layers(members, shares, rank, energy)
@@ -118,6 +122,21 @@ def fold(
             for name, layer in layers.items()
         ],
     }
+
+
+@contextlib.contextmanager
+def folded(target: Target) -> Iterator[Target]:
+    """The target with one plain adapter, in a temporary folder, where it holds several.
+
+    Raises: RequestError, as `fold`.
+    """
+    if target.gate is None:
+        yield target
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        one = Path(folder) / ADAPTER
+        fold(str(target.adapter), one, task=target.task)
+        yield dataclasses.replace(target, adapter=one, gate=None, task=None)
 
 
 def check_out(out: str | Path) -> None:

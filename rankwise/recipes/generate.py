@@ -14,7 +14,7 @@ from rankwise.data.formats import ASSISTANT, SYSTEM, USER, Turn
 from rankwise.data.templates import render_prompt, stop_token_ids, template_for
 from rankwise.errors import RequestError
 from rankwise.evaluate.generate import generate_answers
-from rankwise.recipes.target import Opened, find_target, open_target
+from rankwise.recipes.target import Opened, find_target, need_task, open_target
 
 ANSWERING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 """Task types of models that write."""
@@ -105,12 +105,14 @@ def open_session(
     device: str = "auto",
     precision: str = "auto",
     chat_template: str | None = None,
+    task: str | None = None,
 ) -> Session:
-    """Loads a run, adapter or model, and says which template was chosen where there is none.
+    """Loads a run, adapter or model, and says which template was chosen where there is none. `task`: of a gate's.
 
     Raises: RequestError for what can't be loaded.
     """
-    found = find_target(target, base, device, chat_template)
+    found = find_target(target, base, device, chat_template, task)
+    need_task(found)
     if found.needs.task_type not in ANSWERING:
         raise RequestError(
             f"'{target}' is for {found.objective} and writes no answers; measure it with `rankwise evaluate {target} "

@@ -15,7 +15,8 @@ from rankwise.export.certificate import MAX_PROBE_TOKENS
 from rankwise.export.merged import DTYPES, Merged, Probes, dtype_name, merge_to_folder
 from rankwise.files import obstacle
 from rankwise.models.load import load_config
-from rankwise.recipes.target import Target, find_adapter, open_in, target_head, target_tokenizer
+from rankwise.recipes.fold import folded
+from rankwise.recipes.target import Target, find_adapters, open_in, target_head, target_tokenizer
 
 PROBE_TOKENS_EACH = 64
 """A probe from the data is cut here, so that the certificate sees several rows."""
@@ -35,11 +36,16 @@ TEXTS = (
 
 
 def merge(
-    adapter: str, out: str, dtype: str | None = None, base: str | None = None, device: str = "auto"
+    adapter: str,
+    out: str,
+    dtype: str | None = None,
+    base: str | None = None,
+    device: str = "auto",
+    task: str | None = None,
 ) -> dict[str, Any]:
     """The document of `rankwise merge`: `output`, `error`, `update_error`, `certificate`.
 
-    `dtype`: fp32, bf16 or fp16; None takes the base's own.
+    `dtype`: fp32, bf16 or fp16; None takes the base's own. `task`: of a gate's, which is folded first.
 
     Raises: RequestError for a folder that exists, or an adapter that can't be read; WorkError when the merged model
     differs from the adapter model by more than the bound (nothing is left on disk).
@@ -50,8 +56,9 @@ def merge(
         raise RequestError(f"output folder '{out}' can't be made: {found}; choose another")
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}")
-    target = find_adapter(adapter, base, device)
-    merged = merge_target(target, out, dtype or stored_dtype(target), target_tokenizer(target))
+    target = find_adapters(adapter, base, device, task)
+    with folded(target) as one:
+        merged = merge_target(one, out, dtype or stored_dtype(one), target_tokenizer(target))
     return {
         "output": str(merged.folder),
         "error": merged.rounding.error,

@@ -13,7 +13,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import distributed
+from rankwise.adapters.gate_config import INFERRED, LEARNED
 from rankwise.attach.checkpoint import load_adapter, read_config
+from rankwise.attach.gate_folder import GateFolder, is_gate_folder, read_gate_folder
+from rankwise.attach.gates import set_task
 from rankwise.attach.peft_format import CONFIG_FILE
 from rankwise.attach.targets import HEADS
 from rankwise.data.config import AUTO, DataConfig
@@ -61,6 +64,10 @@ class Target:
     """How the run trained; None where no run is known."""
     task_type: str | None = None
     """Of a lone adapter, by its configuration."""
+    gate: GateFolder | None = None
+    """Of several adapters under a gate, or of task embeddings; None for one adapter."""
+    task: str | None = None
+    """The task that was asked for, of a gate's."""
 
     @cached_property
     def objective(self) -> str:
@@ -105,13 +112,36 @@ class Opened:
     precision: str
 
 
-def find_target(name: str, base: str | None = None, device: str = "auto", chat_template: str | None = None) -> Target:
-    """What `name` is. `base` replaces the model that an adapter says it belongs to, `chat_template` the run's.
+def find_target(
+    name: str,
+    base: str | None = None,
+    device: str = "auto",
+    chat_template: str | None = None,
+    task: str | None = None,
+) -> Target:
+    """What `name` is. `base` replaces the model that an adapter says it belongs to, `chat_template` the run's; `task`
+    is one of a gate's.
 
-    Raises: RequestError for a path that is not there, a folder that is none of these, or an adapter without a base.
+    Raises: RequestError for a path that is not there, a folder that is none of these, an adapter without a base, or a
+        task that it does not have.
     """
     target = _found(name, base, device)
-    return target if chat_template is None else dataclasses.replace(target, chat_template=chat_template)
+    if task is not None and target.gate is None:
+        raise RequestError(
+            f"--task {task} has no effect: '{name}' holds one adapter or none, and no tasks; leave it out"
+        )
+    if task is not None and target.gate is not None and task not in target.gate.tasks:
+        raise RequestError(f"'{name}' has no task '{task}'{did_you_mean(task, target.gate.tasks)}")
+    return dataclasses.replace(target, chat_template=chat_template or target.chat_template, task=task)
+
+
+def need_task(target: Target) -> None:
+    """Raises: RequestError for a gate that takes no part in anything before a task is chosen, where none was."""
+    gate = target.gate
+    if gate is None or target.task is not None or (gate.gate is not None and gate.gate.mode in (INFERRED, *LEARNED)):
+        return
+    kind = "a hard gate" if gate.gate is not None else "a set of task embeddings"
+    raise RequestError(f"'{target.name}' is {kind}: say by --task which of {', '.join(gate.tasks)} it is about")
 
 
 def _found(name: str, base: str | None, device: str) -> Target:
@@ -125,7 +155,7 @@ def _found(name: str, base: str | None, device: str) -> Target:
         return Target(name, "model", ModelConfig(name, device))
     if (folder / RUN_FILE).is_file():
         return _run_target(name, folder, base, device)
-    if (folder / CONFIG_FILE).is_file():
+    if (folder / CONFIG_FILE).is_file() or is_gate_folder(folder):
         return _adapter_target(name, folder, base, device)
     if (folder / MODEL_FILE).is_file():
         if base is not None:
@@ -139,13 +169,27 @@ def _found(name: str, base: str | None, device: str) -> Target:
 
 
 def find_adapter(name: str, base: str | None = None, device: str = "auto") -> Target:
-    """As `find_target`, where only a run or an adapter will do.
+    """As `find_target`, where only a run or an adapter will do, and that only one.
+
+    Raises: RequestError for anything else.
+    """
+    target = find_adapters(name, base, device)
+    if target.gate is not None:
+        raise RequestError(
+            f"'{name}' holds several adapters ({', '.join(target.gate.adapters)}) under a gate: fold them into one by "
+            f"`rankwise fold {name} --out DIR` first, or give the folder of one"
+        )
+    return target
+
+
+def find_adapters(name: str, base: str | None = None, device: str = "auto", task: str | None = None) -> Target:
+    """As `find_adapter`; several adapters under a gate will do too.
 
     Raises: RequestError for anything else.
     """
     if not Path(name).expanduser().exists():
         raise RequestError(f"there is no run or adapter folder '{name}'{_near(Path(name).expanduser())}")
-    target = find_target(name, base, device)
+    target = find_target(name, base, device, task=task)
     if target.adapter is None:
         raise RequestError(f"'{name}' is a model without an adapter; give a run folder or an adapter folder")
     return target
@@ -186,7 +230,7 @@ def _run_target(name: str, folder: Path, base: str | None, device: str) -> Targe
 
 
 def _need_adapter(name: str, run: Path) -> None:
-    if not (run / ADAPTER / CONFIG_FILE).is_file():
+    if not (run / ADAPTER / CONFIG_FILE).is_file() and not is_gate_folder(run / ADAPTER):
         raise RequestError(
             f"the run '{name}' has no adapter yet; finish it with `rankwise train {run / RUN_FILE} --resume`"
         )
@@ -196,11 +240,16 @@ def _with_run(name: str, kind: str, run_file: Path, adapter: Path, base: str | N
     """An adapter with the base and the data treatment of the run that it is of."""
     run = read_run(run_file)
     model = dataclasses.replace(run.model, device=device) if base is None else ModelConfig(base, device)
-    return Target(name, kind, model, adapter, run.data, train=run.train)
+    return Target(name, kind, model, adapter, run.data, train=run.train, gate=_gate(adapter))
+
+
+def _gate(folder: Path) -> GateFolder | None:
+    return read_gate_folder(folder) if is_gate_folder(folder) else None
 
 
 def _run_file_above(adapter: Path) -> Path | None:
     """The run file of the run whose result, or a checkpoint of which, an adapter's folder is."""
+    adapter = adapter.parent if is_gate_folder(adapter.parent) else adapter  # one of several
     above = adapter.absolute().parents
     if adapter.absolute().name != ADAPTER:
         return None
@@ -212,9 +261,10 @@ def _adapter_target(name: str, folder: Path, base: str | None, device: str) -> T
     """An adapter folder; inside a run's folder, its checkpoints' too, it has the run's base and data treatment."""
     if (run_file := _run_file_above(folder)) is not None:
         return _with_run(name, "adapter", run_file, folder, base, device)
-    config = read_config(folder)
+    gate = _gate(folder)
+    config = read_config(folder if gate is None else folder / next(iter(gate.adapters)))
     if base is not None:
-        return Target(name, "adapter", ModelConfig(base, device), folder, task_type=config.task_type)
+        return Target(name, "adapter", ModelConfig(base, device), folder, task_type=config.task_type, gate=gate)
     stated = config.base_model_name_or_path
     if not stated:
         raise RequestError(f"the adapter '{name}' does not name its base model; give it with --base")
@@ -222,7 +272,7 @@ def _adapter_target(name: str, folder: Path, base: str | None, device: str) -> T
         raise RequestError(f"the base model of '{name}' is not at '{stated}' any more; give it with --base")
     is_folder = Path(stated).expanduser().is_dir()  # which has no revision, whatever the adapter's writer put there
     model = ModelConfig(stated, device, None if is_folder else config.revision)
-    return Target(name, "adapter", model, folder, task_type=config.task_type)
+    return Target(name, "adapter", model, folder, task_type=config.task_type, gate=gate)
 
 
 def open_target(target: Target, precision: str = "auto", sharding: str = "none") -> Opened:
@@ -259,6 +309,8 @@ def open_in(target: Target, dtype: torch.dtype, precision: str) -> Opened:
     if target.adapter is not None:
         load_adapter(model, target.adapter)
         model.eval()
+    if target.task is not None:
+        set_task(model, target.task)
     return Opened(target, model, tokenizer, precision)
 
 
