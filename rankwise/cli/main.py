@@ -55,6 +55,7 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("rankwise.cli.chat", "a conversation in the terminal"),
     "runs": Command("rankwise.cli.runs", "the runs below a folder: status, steps, losses"),
     "inspect": Command("rankwise.cli.inspect", "ranks, sizes and norms of an adapter folder"),
+    "conflict": Command("rankwise.cli.conflict", "layers in which the tasks of a run pull apart, and a heat map"),
     "bench run": Command("rankwise.cli.bench", "the missing runs of a suite of experiments, into its store"),
     "bench report": Command("rankwise.cli.bench_report", "a suite's table, with intervals, verdicts and a picture"),
     "bench check": Command("rankwise.cli.bench_check", "stored runs again, compared to the last bit"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from rankwise.errors import RequestError
 from rankwise.recipes.finetune import train
 from rankwise.train.interrupt import Interrupted
 from rankwise.train.state import checkpoint_folders
@@ -121,3 +123,120 @@ def straight_stages(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_sizes_are_what_the_run_draws_by() -> None:
     assert list(SIZES) == list(ANSWERS)
+
+
+# --- refused -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tasks", "more", "words"),
+    [
+        ({"gate": {"mode": "hard"}, "isolate": ["q_porj"]}, {}, "no adapted layer is called 'q_porj'; did you mean"),
+        ({"stages": [{"kind": "shared", "steps": 5}]}, {}, "set train.steps to 5"),
+        ({"stages": [{"kind": "shared", "steps": 5}, {"kind": "shared"}]}, {"train": {"keep_best": True}}, "keep_best"),
+        ({"stages": [{"kind": "shared", "steps": 2}, {"kind": "shared"}]}, {"train": {"warmup": 3}}, "train.warmup"),
+        ({"gate": SOFT}, {"adapter": {"use_dora": True}}, "use_dora does not go with"),
+        ({"gate": SOFT}, {"train": {"sharding": "full"}}, "train.sharding: full does not go with"),
+        ({"gate": SOFT}, {"adapter": {"init_lora_weights": "pissa"}}, "can't be one of several"),
+        ({}, {"train": {"objective": "dpo"}}, "don't go with train.objective: dpo"),
+        ({}, {"data": {"train": "x.jsonl"}}, "data.train and tasks.data both say"),
+        ({}, {"data": {"mixing_temperature": 2}}, "use tasks.sampling"),
+        ({}, {"ranks": {"policy": "grow", "max": 4, "every": 2}}, "moves ranks"),
+        ({"sampling": {"by": "behind", "references": dict.fromkeys(ANSWERS, 1.0)}},
+         {"train": {"evaluate_every": None, "samples": 0, "sample_tokens": None}}, "evaluate_every says never"),
+        ({"adapters": dict.fromkeys(ANSWERS, "nowhere"), "gate": SOFT}, {}, "adapter.r has no effect with"),
+    ],
+)  # fmt: skip
+def test_refused_before_anything_is_written(
+    files: Path, tmp_path: Path, tasks: dict[str, Any], more: dict[str, dict[str, Any]], words: str
+) -> None:
+    run = task_run(files, tmp_path / "out", tasks)
+    run = {**run, **{name: {**run.get(name, {}), **values} for name, values in more.items()}}
+    with pytest.raises(RequestError) as error:
+        train(run, quiet=True)
+    assert words in str(error.value), error.value
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_without_usable_rows_and_one_without_files(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    run = task_run(files, tmp_path / "out", {})
+    for name, words in (("empty.jsonl", "empty"), ("gone.jsonl", "gone.jsonl")):
+        run["tasks"]["data"]["doubled"] = {
+            "train": run["tasks"]["data"]["doubled"]["train"],
+            "valid": str(tmp_path / name),
+        }
+        with pytest.raises(RequestError, match=words):
+            train(run, quiet=True)
+
+
+def test_one_row_and_many_tasks(files: Path, tmp_path: Path) -> None:
+    data = {}
+    for number in range(20):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(json.dumps({"prompt": "abc", "completion": chr(97 + number) * 3}) + "\n")
+        data[f"task-{number}"] = {"train": str(path), "valid": str(path)}
+    run = task_run(
+        files, tmp_path / "out", {"gate": {"mode": "hard"}}, steps=2, batch_size=10, samples=0, sample_tokens=None
+    )
+    run["tasks"]["data"] = data
+    summary = train(run, quiet=True)
+    assert len(summary["tasks"]["losses"]) == 20
+
+
+# --- adapters that are there -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def singles(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run for each task by itself."""
+    root = tmp_path_factory.mktemp("singles")
+    for number, name in enumerate(ANSWERS):
+        run = task_run(files, root / name, {}, samples=0, sample_tokens=None, steps=4, save_every=None)
+        del run["tasks"]
+        run["data"] = {split: str(files / f"{name}-{split}.jsonl") for split in ("train", "valid")}
+        run["adapter"]["r"] = 2 + number
+        train(run, quiet=True)
+    return {name: root / name for name in ANSWERS}
+
+
+def test_a_gate_over_trained_adapters(files: Path, singles: dict[str, Path], tmp_path: Path) -> None:
+    """Frozen, with ranks of their own: they come out as they went in, and the mixture is what learns."""
+    adapters = {name: str(folder / "adapter") for name, folder in singles.items()}
+    run = task_run(files, tmp_path / "out", {"gate": SOFT, "adapters": adapters, "train_adapters": False}, steps=4)
+    del run["adapter"]
+    train(run, quiet=True)
+    for name, folder in singles.items():
+        before = load_file(folder / "adapter" / "adapter_model.safetensors")
+        after = load_file(tmp_path / "out" / "adapter" / name / "adapter_model.safetensors")
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    logits = load_file(tmp_path / "out" / "adapter" / "tasks.safetensors")
+    assert any(table.abs().max() > 0 for table in logits.values())
+    document = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
+    train({**document, "output": str(tmp_path / "again")}, quiet=True)
+    same(tmp_path / "out", tmp_path / "again")
+
+
+def test_adapters_of_another_base_or_other_layers(files: Path, singles: dict[str, Path], tmp_path: Path) -> None:
+    adapters = {name: str(folder / "adapter") for name, folder in singles.items()}
+    run = task_run(files, tmp_path / "out", {"gate": SOFT, "adapters": adapters})
+    del run["adapter"]
+    moved = shutil.copytree(singles["doubled"], tmp_path / "moved")
+    record = json.loads((moved / "provenance.json").read_text())
+    record["base"]["files"]["model.safetensors"]["sha256"] = "0" * 64
+    (moved / "provenance.json").write_text(json.dumps(record))
+    run["tasks"]["adapters"] = {**adapters, "doubled": str(moved / "adapter")}
+    with pytest.raises(RequestError, match=r"'doubled' .* was trained on another base"):
+        train(run, quiet=True)
+    other = task_run(files, tmp_path / "other", {}, samples=0, sample_tokens=None, steps=1, save_every=None)
+    del other["tasks"]
+    other["data"] = {split: str(files / f"doubled-{split}.jsonl") for split in ("train", "valid")}
+    other["adapter"]["target_modules"] = ["q_proj"]
+    train(other, quiet=True)
+    run["tasks"]["adapters"] = {**adapters, "doubled": str(tmp_path / "other" / "adapter")}
+    with pytest.raises(RequestError, match="'doubled' does not adapt the layer"):
+        train(run, quiet=True)
+    run["tasks"]["adapters"] = {**adapters, "doubled": str(tmp_path / "gone")}
+    with pytest.raises(RequestError, match="gone"):
+        train(run, quiet=True)
+    assert not (tmp_path / "out").exists()
