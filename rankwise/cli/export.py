@@ -12,7 +12,7 @@ NUMBERS = {
     "mean_abs_diff": ("mean diff", "{:.1e}"),
     "kl": ("KL", "{:.1e}"),
     "top1_agreement": ("same first", "{:.1%}"),
-    "speedup": ("times torch's speed", "{:.2f}"),
+    "speedup": ("speedup", "{:.2f}"),
 }
 """Field of a row: its heading, and how its value is written."""
 
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; must not exist")
     parser.add_argument("--base", metavar="MODEL", help="the adapter's base model, where it is not the one it names")
     parser.add_argument("--device", default="auto", help="where the model in torch runs: cpu, cuda, mps or auto")
+    parser.add_argument("--task", metavar="NAME", help="of several adapters under a gate: the task to export")
     parser.add_argument("--dtype", metavar="D", help=f"of the weights. {_choices('dtype')}")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="of one weights file, as in 500MB; merged only: 5GB")
 
@@ -47,24 +48,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from rankwise.recipes.export import export
 
-    return export(args.adapter, args.out, args.to, given, base=args.base, device=args.device)
+    return export(args.adapter, args.out, args.to, given, base=args.base, device=args.device, task=args.task)
 
 
 def show(result: dict[str, Any]) -> None:
     """The folder, and a line for each artefact of its report."""
-    from rich.console import Console
-    from rich.table import Table
-
     from rankwise.cli.tables import bytes_text
 
     print(f"exported: {result['output']} ({result['format']}), compared with torch on {result['probes']}")
-    table = Table()
-    for heading in ("artifact", "size", "ran", *(heading for heading, _ in NUMBERS.values())):
-        table.add_column(heading, justify="left" if heading == "artifact" else "right")
+    shown = {name: text for name, text in NUMBERS.items() if any(row[name] is not None for row in result["report"])}
+    lines = [["artifact", "size", "ran", *(heading for heading, _ in shown.values())]]
     for row in result["report"]:
-        cells = ["" if row[name] is None else form.format(row[name]) for name, (_, form) in NUMBERS.items()]
-        table.add_row(row["artifact"], bytes_text(row["bytes"]), "yes" if row["ran"] else "not run", *cells)
-    Console().print(table)
+        cells = ["" if row[name] is None else form.format(row[name]) for name, (_, form) in shown.items()]
+        lines.append([row["artifact"], bytes_text(row["bytes"]), "yes" if row["ran"] else "not run", *cells])
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    for name, *cells in lines:
+        print(
+            "  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))]).rstrip()
+        )
     for row in result["report"]:
         if row["note"]:
             print(f"{row['artifact']}: {row['note']}")

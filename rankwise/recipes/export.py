@@ -18,14 +18,10 @@ from rankwise.files import obstacle, replacing_folder, write_json
 from rankwise.recipes.export_gguf import GGUF, GGUF_LORA
 from rankwise.recipes.export_job import Job, Writer
 from rankwise.recipes.export_merged import MERGED
+from rankwise.recipes.fold import folded
 from rankwise.recipes.merge import find_probes
-from rankwise.recipes.target import find_adapter, target_tokenizer
-from rankwise.say import Say, to_stderr
-from rankwise.train.state import ADAPTER
-
-GATES_FILE = "tasks.json"
-"""In the folder of an adapter that chooses among several."""
-
+from rankwise.recipes.target import Target, find_adapters, target_tokenizer
+from rankwise.say import to_stderr
 
 WRITERS: dict[str, Writer] = {
     "merged": MERGED,
@@ -42,11 +38,11 @@ def export(
     settings: Mapping[str, Any] | None = None,
     base: str | None = None,
     device: str = "auto",
-    say: Say = to_stderr,
+    task: str | None = None,
 ) -> dict[str, Any]:
-    """The document of `rankwise export`: `output`, `format`, `probes`, `num_probe_tokens`, `report`.
+    """The document of `rankwise export`: `output`, `format`, `settings`, `probes`, `report`.
 
-    `settings`: those of the format that are not to have their default.
+    `settings`: those of the format that are not to have their default. `task`: of a gate's, which is folded first.
 
     Raises: RequestError for a format or setting that is not there, a missing package, a folder that exists, or an
     adapter that can't be read or exported so; WorkError where the disk is too small, or the artefact differs from the
@@ -58,16 +54,19 @@ def export(
     if (found := obstacle(out)) is not None:
         raise RequestError(f"output folder '{out}' can't be made: {found}; choose another")
     need_package(to)
-    refuse_gates(adapter, to)
-    target = find_adapter(adapter, base, device)
+    with folded(find_adapters(adapter, base, device, task)) as target:
+        return _exported(target, out, to, chosen)
+
+
+def _exported(target: Target, out: str, to: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
     tokenizer = target_tokenizer(target)
     writer = WRITERS[to]
     job = Job(target, tokenizer, find_probes(target, tokenizer), chosen, Path(out))
     writer.check(job)
     need_space(out, writer.num_bytes(job))
     for left in sorted(job.out.absolute().parent.glob(f".{job.out.name}.*.tmp")):
-        say(f"note: '{left}' was left by an export that was killed, or is being written by another; remove it")
-    say(f"exporting to {to}: {known_format(to).summary}")
+        to_stderr(f"note: '{left}' was left by an export that was killed, or is being written by another; remove it")
+    to_stderr(f"exporting to {to}: {known_format(to).summary}")
     with replacing_folder(out) as folder:
         rows = writer.write(job, folder)
         check_bounds(rows, writer.remedy)
@@ -80,14 +79,3 @@ def export(
         }
         write_json(folder / REPORT_FILE, document)
     return document
-
-
-def refuse_gates(adapter: str, to: str) -> None:
-    """Raises: RequestError for a folder whose adapters are chosen among, which no export format can hold as it is."""
-    folder = Path(adapter).expanduser()
-    for place in (folder, folder / ADAPTER):
-        if (place / GATES_FILE).is_file():
-            raise RequestError(
-                f"'{adapter}' holds gates over several adapters ({place / GATES_FILE}), which --to {to} can't hold; "
-                "fold them into one adapter first, and export that"
-            )

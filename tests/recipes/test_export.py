@@ -11,19 +11,20 @@ import pytest
 import torch
 import transformers
 
+import rankwise as rw
 from rankwise.adapters.config import LoraConfig
+from rankwise.adapters.gate_config import GateConfig
 from rankwise.attach.checkpoint import save_adapter
 from rankwise.attach.inject import adapter_parameters, attach
 from rankwise.cli.main import main
 from rankwise.errors import RequestError, WorkError
 from rankwise.export import certificate as certificates
 from rankwise.export.formats import SPARE_BYTES
-from rankwise.recipes import export as room
 from rankwise.recipes.export import export
 from rankwise.recipes.export_job import num_parameters
 from rankwise.recipes.target import find_adapter, find_target, open_target
-from rankwise.say import silent
 from tests import tiny
+from tests.attach.gate_cases import TASKS, disturbed, saved_adapters
 from tests.recipes.trained import save_model, trained_run
 
 
@@ -33,7 +34,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def to_merged(run, out, **settings):
-    return export(str(run), str(out), "merged", settings, device="cpu", say=silent)
+    return export(str(run), str(out), "merged", settings, device="cpu")
 
 
 def adapter_folder(root: Path, model, **fields) -> Path:
@@ -117,11 +118,10 @@ def test_too_little_room_is_said_before_weights_are_loaded(run, tmp_path, monkey
     to_merged(run, tmp_path / "m")
 
 
-def test_what_a_kill_left_is_named(run, tmp_path):
+def test_what_a_kill_left_is_named(run, tmp_path, capsys):
     (tmp_path / ".m.abc.tmp").mkdir()
-    said: list[str] = []
-    export(str(run), str(tmp_path / "m"), "merged", {}, device="cpu", say=said.append)
-    assert any(".m.abc.tmp' was left by an export that was killed" in line for line in said)
+    to_merged(run, tmp_path / "m")
+    assert ".m.abc.tmp' was left by an export that was killed" in capsys.readouterr().err
 
 
 def test_bad_requests(run, tmp_path):
@@ -135,12 +135,24 @@ def test_bad_requests(run, tmp_path):
         to_merged(run.parent / "model", tmp_path / "m")
     with pytest.raises(RequestError, match="there is no run or adapter folder"):
         to_merged(tmp_path / "nothing", tmp_path / "m")
-    gated = tmp_path / "gated"
-    gated.mkdir()
-    (gated / room.GATES_FILE).touch()
-    with pytest.raises(RequestError, match=r"holds gates over several adapters .*; fold them into one adapter first"):
-        to_merged(gated, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_gate_is_folded_first(tmp_path):
+    """What comes out is the model with the chosen task's adapter; without one a hard gate has nothing to export."""
+    base = save_model(tmp_path / "model", tiny.llama())
+    model = disturbed(rw.attach_gate(tiny.llama(), saved_adapters(tmp_path / "adapters"), GateConfig()), 7)
+    rw.save_adapter(model, tmp_path / "gate")
+    out, gate = tmp_path / "m", str(tmp_path / "gate")
+    export(gate, str(out), "merged", {}, base=base, device="cpu", task=TASKS[1])
+    again = transformers.AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad(), rw.on_task(model, TASKS[1]):
+        assert torch.allclose(again(tiny.token_ids()).logits, model(tiny.token_ids()).logits, atol=1e-4)
+    with pytest.raises(RequestError, match="hard gate"):
+        export(gate, str(tmp_path / "n"), "merged", {}, base=base, device="cpu")
+    with pytest.raises(RequestError, match="has no task 'x'"):
+        export(gate, str(tmp_path / "n"), "merged", {}, base=base, device="cpu", task="x")
+    assert not (tmp_path / "n").exists()
 
 
 def test_a_torn_adapter_leaves_nothing(tmp_path):

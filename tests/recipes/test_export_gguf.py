@@ -13,7 +13,6 @@ from rankwise.errors import RequestError, WorkError
 from rankwise.recipes import export_gguf as room
 from rankwise.recipes.export import export
 from rankwise.recipes.finetune import train
-from rankwise.say import silent
 from tests import tiny
 from tests.export.gguf_models import attached, bpe_tokenizer, llama, qwen3
 from tests.recipes.trained import run_document, save_model
@@ -35,7 +34,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def exported(run, out, to="gguf", **settings):
-    return export(str(run), str(out), to, settings, device="cpu", say=silent)
+    return export(str(run), str(out), to, settings, device="cpu")
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("f32", "max_abs_diff"), ("f16", "kl"), ("q8_0", "kl")])
