@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from rankwise.ranks.dynamic import set_ranks as set_ranks
     from rankwise.recipes.finetune import train as train
     from rankwise.recipes.run import RunConfig as RunConfig
+    from rankwise.tasks.new_task import add_task as add_task
+    from rankwise.tasks.new_task import learn_task as learn_task
     from rankwise.tasks.router import fit_router as fit_router
 
 SURFACE: dict[str, tuple[str, str]] = {
@@ -56,6 +58,8 @@ SURFACE: dict[str, tuple[str, str]] = {
     "disabled": ("rankwise.attach.inject", "disabled"),
     "ranks": ("rankwise.attach.inject", "ranks"),
     "fit_router": ("rankwise.tasks.router", "fit_router"),
+    "add_task": ("rankwise.tasks.new_task", "add_task"),
+    "learn_task": ("rankwise.tasks.new_task", "learn_task"),
     "set_ranks": ("rankwise.ranks.dynamic", "set_ranks"),
     "attach_gate": ("rankwise.attach.gates", "attach_gate"),
     "attach_embedding": ("rankwise.attach.gates", "attach_embedding"),
