@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from rankwise.errors import RequestError as RequestError
     from rankwise.errors import WorkError as WorkError
     from rankwise.ranks.dynamic import set_ranks as set_ranks
+    from rankwise.recipes.combine import CombineConfig as CombineConfig
+    from rankwise.recipes.combine import combine as combine
     from rankwise.recipes.finetune import train as train
     from rankwise.recipes.run import RunConfig as RunConfig
     from rankwise.tasks.new_task import add_task as add_task
@@ -70,6 +72,8 @@ SURFACE: dict[str, tuple[str, str]] = {
     "load_adapter": ("rankwise.attach.checkpoint", "load_adapter"),
     "resumable": ("rankwise.attach.trainers", "resumable"),
     "BaseAlone": ("rankwise.attach.trainers", "BaseAlone"),
+    "combine": ("rankwise.recipes.combine", "combine"),
+    "CombineConfig": ("rankwise.recipes.combine", "CombineConfig"),
     "train": ("rankwise.recipes.finetune", "train"),
     "RunConfig": ("rankwise.recipes.run", "RunConfig"),
     "RankwiseError": ("rankwise.errors", "RankwiseError"),

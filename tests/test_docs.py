@@ -175,6 +175,8 @@ def check_fields(name: str, fields) -> None:
 
 
 def test_json_fields_are_described(run, document, tmp_path):
+    from rankwise.recipes.combine_losses import Tuned
+
     speed = ["--device", "cpu", "--precision", "fp32", "--max-new-tokens", 2]
     seen = {
         "train": json.loads((run / "summary.json").read_text()),
@@ -183,6 +185,7 @@ def test_json_fields_are_described(run, document, tmp_path):
         "merge": document("merge", run, "--out", tmp_path / "merged", "--device", "cpu"),
         "export": document("export", run, "--to", "merged", "--out", tmp_path / "exported", "--device", "cpu"),
         "convert-rank": document("convert-rank", run, "--rank", 2, "--out", tmp_path / "small"),
+        "combine": document("combine", run, run, "--out", tmp_path / "both", "--tasks", "--device", "cpu"),
         "generate": document("generate", run, "--prompt", "a", *speed),
         "inspect": document("inspect", run),
     }
@@ -193,6 +196,8 @@ def test_json_fields_are_described(run, document, tmp_path):
     check_fields("export", seen["export"]["report"][0])
     check_fields("inspect", seen["inspect"]["modules"][0])
     check_fields("convert-rank", seen["convert-rank"]["modules"][0])
+    check_fields("combine", [*seen["combine"]["modules"][0], *seen["combine"]["tasks"][0]])
+    check_fields("combine", [field.name for field in dataclasses.fields(Tuned)])
     check_fields("data preview", seen["data preview"]["examples"][0])
     check_fields("generate", seen["generate"]["results"][0])
 
@@ -243,6 +248,16 @@ def test_starts_and_layers():
     assert named == {"true", "false", "pissa_niter_N", *STARTS, *DATA_STARTS}
     table = "".join(row[0] for row in table_rows(found["Kinds of layers"], 2))
     assert all(cls.__name__ in table for cls in LAYER_KINDS)
+
+
+def test_methods_of_combining():
+    from rankwise.cli.combine import METHODS as NAMED
+    from rankwise.tasks.methods import METHODS
+
+    rows = table_rows(sections((DOCS / "combine.md").read_text(encoding="utf-8"))["Methods"], 4)
+    takes = {row[0].strip("`"): set(re.findall(r"--(\w+)", row[3])) for row in rows}
+    assert takes == {name: method.takes for name, method in METHODS.items()}
+    assert set(NAMED) == set(METHODS)
 
 
 def test_objectives():

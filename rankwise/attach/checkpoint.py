@@ -271,6 +271,16 @@ def load_adapter(model: Model, folder: Path_, trainable: bool = False) -> Model:
     return model
 
 
+def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies the tensors of an adapter of the same layout, under `file_tensors`' names, into the one attached.
+
+    Raises: RequestError, with nothing copied, when names or shapes differ.
+    """
+    own = file_tensors(model)
+    _check(own, tensors, "the adapter", beside=embedding_names(model))
+    _copy(own, tensors)
+
+
 def _attach_saved(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], where: str) -> None:
     if attachment_of(model) is not None:
         detach(model)

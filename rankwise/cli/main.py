@@ -51,6 +51,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command("rankwise.cli.export", "an adapter in a format that other programs run, compared with torch"),
     "convert-rank": Command("rankwise.cli.convert_rank", "an adapter compressed to lower ranks, with its error"),
     "fold": Command("rankwise.cli.fold", "several adapters under a gate as one, of one task or of the learned mixture"),
+    "combine": Command("rankwise.cli.combine", "several adapters made into one, and what each task loses"),
     "generate": Command("rankwise.cli.generate", "answers to prompts"),
     "chat": Command("rankwise.cli.chat", "a conversation in the terminal"),
     "runs": Command("rankwise.cli.runs", "the runs below a folder: status, steps, losses"),

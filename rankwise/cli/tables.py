@@ -36,6 +36,17 @@ def results_table(results: Sequence[Mapping[str, Any]], title: str | None = None
     return table
 
 
+def task_table(tasks: Sequence[Mapping[str, Any]], adapters: Sequence[str]) -> Table:
+    """The loss on each task of the base, of each adapter and of what they were combined to; and what that loses."""
+    table = Table(title="loss on each task")
+    for heading in ("task", "base", *adapters, "combined", "lost"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for task in tasks:
+        losses = (task["base"], *task["adapters"], task["combined"])
+        table.add_row(task["task"], *(f"{loss:.3f}" for loss in losses), f"{task['lost']:+.3f}")
+    return table
+
+
 def times_table(times: Mapping[str, float]) -> Table:
     """Where the time went: stage, seconds, share."""
     table = Table(title="where the time went")

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise import distributed
 from rankwise.attach.gates import set_task
 from rankwise.data.config import DataConfig
 from rankwise.data.formats import FORMATS
+from rankwise.data.loaded import Loaded
 from rankwise.data.loader import load_examples
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.evaluate.classes import Said, accuracy, f1
@@ -61,21 +62,11 @@ def evaluate_head(
     Raises: RequestError for rows of another kind, labels that the target does not have, or a model that can't be
     spread as `config` says.
     """
-    check_spread(OBJECTIVES[target.objective], target.objective, config.sharding)
-    head = target_head(target)
-    labels = head.labels if head is not None else None
-
-    def check(format: str, why: str) -> None:
-        held = next((FORMATS[n].rows for n in format.split(", ") if FORMATS[n].rows != target.needs.rows), None)
-        if held is not None:
-            raise RequestError(
-                f"'{target.name}' is for {target.objective}, measured on {target.needs.rows}; the file holds {held} "
-                f"({why})"
-            )
-
+    labels, objective = head_objective(target)
+    check_spread(objective, target.objective, config.sharding)
     with distributed.together():
         tokenizer = target_tokenizer(target)
-        loaded = load_examples(data.train_paths, tokenizer, data, target.needs.layout, check=check, labels=labels)
+        loaded = load_head_rows(target, data, tokenizer, labels)
     for line in (*(f"note: {note}" for note in loaded.notes), *(f"warning: {text}" for text in loaded.warnings)):
         _print(line)
     opened = open_target(target, config.precision, config.sharding)
@@ -85,7 +76,7 @@ def evaluate_head(
         if target.gate is not None:
             set_task(opened.model, None)  # each view says its own; a gate that infers does so as it reads
         with seen(opened.model, view):
-            figures = _figures(opened, examples, labels, config.batch_size, progress)
+            figures = _figures(opened, examples, labels, objective, config.batch_size, progress)
         results.append({"target": view.name, **figures})
     if target.adapter is not None and new_modules(opened.model) and labels is not None:
         results[0]["untrained_head"] = True
@@ -98,23 +89,49 @@ def evaluate_head(
     }  # fmt: skip
 
 
+def head_objective(target: Target) -> tuple[Labels | None, Objective]:
+    """The target's labels, None where it gives vectors, and what its loss is.
+
+    Raises: RequestError for files that can't be read.
+    """
+    head = target_head(target)
+    if head is not None and head.labels is not None:
+        return head.labels, OBJECTIVES[target.objective]
+    pooling = head.pooling if head is not None and head.pooling is not None else DEFAULT_POOLING
+    temperature = target.train.similarity_temperature if target.train is not None else DEFAULT_TEMPERATURE
+    return None, contrastive(pooling, temperature)
+
+
+def load_head_rows(
+    target: Target, data: DataConfig, tokenizer: PreTrainedTokenizerBase, labels: Labels | None
+) -> Loaded:
+    """The rows of `data.train` as the target's head takes them.
+
+    Raises: RequestError for rows of another kind, or labels that the target does not have.
+    """
+
+    def check(format: str, why: str) -> None:
+        held = next((FORMATS[n].rows for n in format.split(", ") if FORMATS[n].rows != target.needs.rows), None)
+        if held is not None:
+            raise RequestError(
+                f"'{target.name}' is for {target.objective}, measured on {target.needs.rows}; the file holds {held} "
+                f"({why})"
+            )
+
+    return load_examples(data.train_paths, tokenizer, data, target.needs.layout, check=check, labels=labels)
+
+
 def _figures(
-    opened: Opened, examples: Sequence[Any], labels: Labels | None, batch_size: int, progress: bool
-) -> dict[str, float]:
+    opened: Opened, examples: Sequence[Any], labels: Labels | None, objective: Objective, batch_size: int,
+    progress: bool,
+) -> dict[str, float]:  # fmt: skip
     pad_id = opened.tokenizer.pad_token_id
     assert isinstance(pad_id, int), "load_tokenizer gives every tokenizer a pad token"
     if labels is None:
-        head = target_head(opened.target)
-        pooling = head.pooling if head is not None and head.pooling is not None else DEFAULT_POOLING
-        train = opened.target.train
-        temperature = train.similarity_temperature if train is not None else DEFAULT_TEMPERATURE
-        found = measure_loss(
-            opened.model, contrastive(pooling, temperature), examples, pad_id, batch_size, False, progress
-        )
+        found = measure_loss(opened.model, objective, examples, pad_id, batch_size, False, progress)
         return {"loss": found.loss, **found.figures}
     notes = Notes()
-    objective = _noting(OBJECTIVES[opened.target.objective], notes)
-    found = measure_loss(opened.model, objective, examples, pad_id, batch_size, False, progress)
+    found = measure_loss(opened.model, _noting(objective, notes), examples, pad_id, batch_size, False, progress)
     answers, truths = notes.of_all()
     is_tagged = opened.target.objective == "token-classification"
     return {

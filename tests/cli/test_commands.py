@@ -353,3 +353,44 @@ def test_demo(call, tmp_path, run, monkeypatch):
 def test_bad_rows_of_several_files_in_one_line(call, run, tmp_path):
     data = write_rows(tmp_path / "bad.jsonl", [{"prompt": 1, "completion": "x"}, {"prompt": "a", "completion": ""}])
     check_failure(call, 2, "bad.jsonl", "evaluate", run, "--data", data)
+
+
+# --- combine -------------------------------------------------------------------------------------------------------
+
+
+def test_combine(call, run, tmp_path):
+    file = run.parent / "valid.jsonl"
+    line = ["combine", run, run, "--weights", 0.5, -0.25, "--tasks", f"own={file}", *PRECISION, "--out"]
+    code, document, _, err = call(*line, tmp_path / "out", json_only=True)
+    assert code == 0 and document["output"] == str(tmp_path / "out") and document["error"] < 1e-6
+    assert document["weights"] == [0.5, -0.25] and document["tasks"][0]["task"] == "own"
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    assert main([*map(str, line), str(tmp_path / "again")]) == 0
+    argv = ["combine", run, run, "--method", "linear", "--out", tmp_path / "l", "--tune", file, "--trials", 2]
+    code, document, _, err = call(*argv, *PRECISION, json_only=True)
+    assert code == 0 and document["tune"]["trials"] <= 3 and "note: linear adds the factors" in err and "trial 1" in err
+
+
+def test_combine_for_people(run, tmp_path, capsys):
+    file = run.parent / "valid.jsonl"
+    line = ["combine", run, run, "--tune", file, "--trials", 3, "--tasks", *PRECISION, "--out", tmp_path / "out"]
+    assert main([*map(str, line)]) == 0
+    text = capsys.readouterr().out
+    for words in ("by sum, weights", "ranks 4 to 4", "in 3 trials", "loss on each task", "combined", "lost"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--method", "sun"], "--method can't be 'sun'; did you mean 'sum'?"),
+        (["--weights", "1"], "--weights are 1 (1) for 2 adapters"),
+        (["--rank", "2"], "--rank 2 has no effect on --method sum"),
+        (["--tasks", "nameless"], "--tasks takes NAME=FILE, not 'nameless'"),
+        (["--tasks", "a=x", "a=y"], "--tasks names 'a' twice"),
+        (["--trials", "3"], "--trials 3 has no effect without --tune"),
+    ],
+)
+def test_combine_refused(call, run, tmp_path, line, message):
+    check_failure(call, 2, message, "combine", run, run, "--out", tmp_path / "out", *line)
+    assert not (tmp_path / "out").exists()
