@@ -8,7 +8,7 @@ of `tasks.conflict_rows` rows of each task, and memory for T gradients of the ad
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -44,7 +44,7 @@ class ConflictMeter:
         self,
         model: PreTrainedModel,
         objective: Objective,
-        examples: dict[str, Sequence[Example]],
+        examples: Mapping[str, Sequence[Example]],
         num_rows: int,
         layout: tuple[int, int, bool],
         seed: int,

@@ -54,7 +54,7 @@ def stage_plans(job: Job, folder: RunFolder, say: Say) -> Iterator[LoopPlan]:
             progress.tasks = tasks.run.state()
             distributed.check_in_step(adapter_tensors(job.model), f"at the start of stage {stage.name}")
         yield dataclasses.replace(job.plan, num_steps=stage.last)
-    tasks.leave()
+    tasks.leave(say)
 
 
 def _note(folder: RunFolder, stage: str, found: Conflict) -> None:

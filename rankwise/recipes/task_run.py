@@ -46,6 +46,8 @@ class TaskRun:
         self.references: dict[str, float] = dict(self.config.drawn.references or {})
         self.history: list[dict[str, Any]] = []
         """Of each stage that is over: its name, its last step, and the tasks' losses then."""
+        self.router: dict[str, Any] | None = None
+        """How well the classifier of an inferred gate does, once it is there."""
         self.isolated: list[str] | None = None
         """Layers with an adapter for each task, where that was decided; None: not yet, or all."""
         first = Stretch(1, self._shares(self.stages[0]), [0] * len(self.names))
@@ -131,7 +133,8 @@ class TaskRun:
         if self.losses:
             worst = max(self.losses, key=lambda name: self.losses[name])
             figures |= {"mean": mean(self.losses), "worst": worst}
-        return {**figures, "stages": list(self.history), "isolated": self.isolated}
+        router = {} if self.router is None else {"router": self.router}
+        return {**figures, "stages": list(self.history), "isolated": self.isolated, **router}
 
 
 def mean(losses: Mapping[str, float]) -> float:

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from rankwise.adapters.gate_config import INFERRED
 from rankwise.attach.attachment import need_attachment
 from rankwise.attach.gates import Part, taken_out
 from rankwise.attach.inject import attach, detach
+from rankwise.data.example import Example
+from rankwise.data.packing import epoch_order
+from rankwise.data.tasked import TaskExamples
 from rankwise.errors import RequestError
 from rankwise.recipes.finetune_data import RunData
 from rankwise.recipes.names import PROVENANCE_FILE
 from rankwise.recipes.provenance import model_hashes
 from rankwise.recipes.run import RunConfig
-from rankwise.recipes.task_conflict import ConflictMeter
+from rankwise.recipes.task_conflict import STREAM, ConflictMeter
 from rankwise.recipes.task_layers import Beginning
 from rankwise.recipes.task_run import TaskRun
 from rankwise.recipes.task_stages import TaskStages
 from rankwise.train.objective import Objective
 from rankwise.train.state import CHECKPOINTS, Checkpoint
+
+MOST_ROUTED = 500
+"""Rows of each task that an inferred gate's classifier learns from, at most."""
 
 
 def tasks_of_run(run: RunConfig, model: PreTrainedModel, data: RunData) -> TaskStages | None:
@@ -36,6 +46,13 @@ def tasks_of_run(run: RunConfig, model: PreTrainedModel, data: RunData) -> TaskS
             "tasks.sampling.by: behind reads validation losses, and there are no validation rows; give the tasks valid "
             "files"
         )
+    gating = run.tasks.gating
+    few = next((n for n, size in zip(run.tasks.names, data.training.sizes, strict=True) if size < 2), None)
+    if gating is not None and gating.mode == INFERRED and few is not None:
+        raise RequestError(
+            f"tasks.gate.mode inferred: task '{few}' has one row, and the classifier of tasks needs two or more "
+            "of each; give it more, or use hard"
+        )
     standing = TaskRun(run, data.training.sizes)
     given = None
     if run.tasks.adapters is not None:
@@ -47,12 +64,10 @@ def begin_tasks(
     tasks: TaskStages, run: RunConfig, objective: Objective, data: RunData, checkpoint: Checkpoint | None
 ) -> None:
     """Puts the tasks where a checkpoint left them, or at the run's start."""
+    rows = _rows_by_task(data)
+    tasks.pad_id = data.pad_id
+    tasks.prompts = {name: partial(_prompts, own, run.train.seed) for name, own in rows.items()}
     if run.tasks.measures_conflict:
-        examples = data.training_examples
-        ends = [0]
-        for size in data.training.sizes:
-            ends.append(ends[-1] + size)
-        rows = {name: examples[ends[i] : ends[i + 1]] for i, name in enumerate(data.tasks)}
         layout = run.train.micro_rows, data.pad_id, run.data.packing is True
         tasks.measure = ConflictMeter(
             tasks.model, objective, rows, run.tasks.rows_for_conflict, layout, run.train.seed, tasks.together
@@ -60,6 +75,22 @@ def begin_tasks(
     if checkpoint is not None:
         tasks.run.restore(checkpoint.progress.tasks)
         tasks.resume()
+
+
+def _rows_by_task(data: RunData) -> dict[str, TaskExamples]:
+    """The training rows of each task; none is read for it."""
+    bounds = pairwise(accumulate(data.training.sizes, initial=0))
+    examples = data.train.examples
+    return {
+        name: TaskExamples(examples[start:end], (name,), (end - start,))
+        for name, (start, end) in zip(data.tasks, bounds, strict=True)
+    }
+
+
+def _prompts(rows: Sequence[Example], seed: int) -> list[Sequence[int]]:
+    """What is read of some rows before an answer; of plain text the whole row."""
+    chosen = [rows[int(row)] for row in epoch_order(len(rows), seed, 0, STREAM)[:MOST_ROUTED]]
+    return [example.prompt_ids or example.input_ids for example in chosen]
 
 
 def _given_adapters(run: RunConfig, model: PreTrainedModel) -> dict[str, Part]:

@@ -5,13 +5,13 @@ which way each row takes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rankwise.adapters.gate_config import LEARNED, EmbeddingConfig
+from rankwise.adapters.gate_config import INFERRED, LEARNED, EmbeddingConfig, GateConfig
 from rankwise.attach.attachment import attachment_of
 from rankwise.attach.gates import Part, on_task, parts_of, set_task, train_parts
 from rankwise.attach.inject import adapter_parameters
@@ -22,6 +22,7 @@ from rankwise.recipes.task_run import TaskRun
 from rankwise.say import Say
 from rankwise.tasks.config import ADAPTERS, AUTO, GATE, JOINT, SHARED, SINGLE, TasksConfig
 from rankwise.tasks.conflict import Conflict, furthest, isolated
+from rankwise.tasks.router import fit_router
 from rankwise.tasks.schedule import Stage
 
 SHOWN_LAYERS = 6
@@ -43,6 +44,9 @@ class TaskStages:
         """Of the model as it is now."""
         needs_more = len(run.stages) > 1 or self._layout_of(run.stages[0]).settings is not None
         self.beginning = Beginning.of(model) if needs_more else None
+        self.prompts: Mapping[str, Callable[[], list[Sequence[int]]]] | None = None
+        """For a classifier of tasks: what is read of some rows of each before an answer."""
+        self.pad_id = 0
         self.measure: Callable[[int], Conflict] | None = None
         """Measures the conflict of the tasks after a step; None: it is never asked for."""
         if isinstance(self._config.isolate, list):
@@ -133,9 +137,20 @@ class TaskStages:
         else:
             say(f"stage {stage.name}: no layer has {bound}: the tasks share one adapter, and there is nothing to gate")
 
-    def leave(self) -> None:
-        """The run is over: no task is given any more."""
+    def leave(self, say: Say) -> None:
+        """The run is over: no task is given any more, and where it is to be inferred, a classifier learns to.
+
+        It reads the base's hidden states, which no step has changed, so it can be the last: the same rows and seed give
+        the same classifier.
+        """
         set_way(self.model, None)
+        settings = self.layout.settings
+        if not isinstance(settings, GateConfig) or settings.mode != INFERRED:
+            return
+        assert self.prompts is not None
+        rows = {name: prompts() for name, prompts in self.prompts.items()}
+        self.run.router = fit_router(self.model, rows, self.pad_id, self.run.seed)
+        say(f"the classifier finds the task of {self.run.router['accuracy']:.1%} of held-out rows")
 
     # --- rows ---
 
