@@ -45,6 +45,13 @@ FORMATS: dict[str, Format] = {
         settings={"dtype": None, "max_shard_size": "5GB"},
         choices={"dtype": ("fp32", "bf16", "fp16")},
     ),
+    "onnx": Format(
+        "an ONNX graph for ONNX Runtime, its adapters beside it to be switched",
+        settings={"merged": False, "adapters": None, "int8": None, "int4": False, "max_kl": None},
+        choices={"int8": ("weights", "full")},
+        package="onnxruntime",
+        install="pip install 'rankwise[onnx]'",
+    ),
     "gguf": Format(
         "a GGUF file for llama.cpp and Ollama, the adapter folded in",
         settings={"dtype": "f16"},

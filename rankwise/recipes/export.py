@@ -18,6 +18,7 @@ from rankwise.files import obstacle, replacing_folder, write_json
 from rankwise.recipes.export_gguf import GGUF, GGUF_LORA
 from rankwise.recipes.export_job import Job, Writer
 from rankwise.recipes.export_merged import MERGED
+from rankwise.recipes.export_onnx import ONNX
 from rankwise.recipes.fold import folded
 from rankwise.recipes.merge import find_probes
 from rankwise.recipes.target import Target, find_adapters, target_tokenizer
@@ -25,6 +26,7 @@ from rankwise.say import to_stderr
 
 WRITERS: dict[str, Writer] = {
     "merged": MERGED,
+    "onnx": ONNX,
     "gguf": GGUF,
     "gguf-lora": GGUF_LORA,
 }

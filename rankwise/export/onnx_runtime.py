@@ -1,0 +1,279 @@
+"""Runs a folder of `rankwise export --to onnx` with ONNX Runtime alone: numpy in, numpy out, an adapter per request.
+
+Rules that ONNX Runtime does not enforce are enforced here: one adapter at a time (with two active it takes the first
+and says nothing), an adapter's names, types and shapes are those of the graph's inputs, and it belongs to the same base
+(its `model_version` is the base's hash). Runs go through `InferenceSession.run`: I/O binding leaves adapters out.
+
+Legend: B rows, T new tokens, P tokens in the cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from rankwise.errors import RequestError, did_you_mean
+from rankwise.export.onnx_folder import (
+    GRAPH_FILE,
+    Manifest,
+    check_files,
+    need_packages,
+    read_manifest,
+)
+from rankwise.files import sha256_file
+
+CACHE = "past_key_values."
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are written.
+
+    Args:
+        max_new_tokens: the longest answer.
+        stop_ids: tokens that end it.
+        pad_id: fills rows of a batch on the left.
+        temperature: 0 takes the most likely token each time.
+        top_p: draws from the most likely tokens that hold this share of the probability.
+        seed: of the draws.
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise RequestError(f"temperature must be a number from 0, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.temperature == 0 and self.top_p != 1.0:
+            raise RequestError(f"top_p {self.top_p} has no effect without a temperature; give one above 0")
+
+
+@final
+class OnnxModel:
+    """An export, opened. Adapters are read when they are first asked for, and kept."""
+
+    def __init__(self, folder: str | Path, num_threads: int | None = None) -> None:
+        """`num_threads`: of one operator; None leaves it to ONNX Runtime.
+
+        Raises: RequestError for a folder that is no export or whose files have changed, and where the package is
+        missing.
+        """
+        need_packages(("onnxruntime",))
+        self.folder = Path(folder).expanduser()
+        self.manifest: Manifest = read_manifest(self.folder)
+        check_files(self.folder, self.manifest)
+        self.session = session_of(self.folder / GRAPH_FILE, num_threads)
+        self.inputs: dict[str, Any] = {node.name: node for node in self.session.get_inputs()}
+        # inputs that have a default are listed apart: the adapter's
+        self.adapter_inputs: dict[str, Any] = {node.name: node for node in self.session.get_overridable_initializers()}
+        self.outputs = [node.name for node in self.session.get_outputs()]
+        self._options: dict[str, tuple[Any, Any]] = {}
+
+    # --- adapters --------------------------------------------------------------------------------------------------
+
+    def options(self, adapters: Sequence[str]) -> Any:
+        """ONNX Runtime's run options with the adapter active; None for no adapter.
+
+        Raises: RequestError for more than one, or one that can't be read.
+        """
+        if len(adapters) > 1:
+            raise RequestError(
+                f"one adapter at a time, not {len(adapters)} ({', '.join(adapters)}): ONNX Runtime would take the "
+                "first and leave the others out; combine them into one adapter first"
+            )
+        if not adapters:
+            return None
+        name = adapters[0]
+        if name not in self._options:
+            if name not in self.manifest.adapters:
+                raise RequestError(f"there is no adapter '{name}'{did_you_mean(name, self.manifest.adapters)}")
+            entry = self.manifest.adapters[name]
+            self.add_adapter(name, self.folder / entry.file, entry.sha256)
+        return self._options[name][0]
+
+    def add_adapter(self, name: str, file: str | Path, sha256: str | None = None) -> None:
+        """Reads an adapter file, which may lie outside of the folder, and gives it a name.
+
+        Raises: RequestError for one that can't be read, has changed, belongs to another base, or does not fit.
+        """
+        import onnxruntime
+
+        path = Path(file)
+        if not path.is_file():
+            raise RequestError(f"there is no adapter file '{path}'")
+        if sha256 is not None and sha256_file(path) != sha256:
+            raise RequestError(f"'{path}' is not the file that was written (its SHA-256 differs); copy it again")
+        try:
+            formats: Any = onnxruntime.AdapterFormat
+            content = formats.read_adapter(str(path))
+            version = content.get_model_version()
+            parameters = content.get_parameters()
+        except Exception as error:  # noqa: BLE001 (the package raises its own kinds, and RuntimeError)
+            raise RequestError(f"'{path}' is not an ONNX Runtime adapter that can be read: {error}") from None
+        if version != self.manifest.version:
+            raise RequestError(
+                f"adapter '{path}' belongs to another base (model version {version}, this export's is "
+                f"{self.manifest.version}); export it with this base"
+            )
+        self._check_parameters(str(path), parameters)
+        adapter = onnxruntime.LoraAdapter()
+        adapter.Load(str(path))
+        options = onnxruntime.RunOptions()
+        options.add_active_adapter(adapter)
+        self._options[name] = (options, adapter)
+
+    def _check_parameters(self, path: str, parameters: dict[str, Any]) -> None:
+        """Raises: RequestError for a name, type or shape that the graph has no input for."""
+        for name, value in parameters.items():
+            if name not in self.adapter_inputs:
+                raise RequestError(f"adapter '{path}' holds '{name}', for which this graph has no input")
+            node = self.adapter_inputs[name]
+            if value.data_type() != node.type:
+                raise RequestError(f"adapter '{path}': '{name}' is {value.data_type()}, the graph takes {node.type}")
+            shape = value.shape()
+            fits = len(shape) == len(node.shape) and all(
+                not isinstance(wanted, int) or wanted == given for wanted, given in zip(node.shape, shape, strict=True)
+            )
+            if not fits:
+                raise RequestError(f"adapter '{path}': '{name}' is {list(shape)}, the graph takes {list(node.shape)}")
+        for name, value in parameters.items():
+            other = name.removesuffix(".lora_A") + ".lora_B"
+            if not name.endswith(".lora_A"):
+                continue
+            if other not in parameters or parameters[other].shape()[0] != value.shape()[1]:
+                raise RequestError(f"adapter '{path}': '{name}' and '{other}' are not of one rank")
+
+    # --- runs ------------------------------------------------------------------------------------------------------
+
+    def run(self, feeds: dict[str, np.ndarray], adapter: str | None = None) -> dict[str, np.ndarray]:
+        """One pass through the graph; outputs by name."""
+        options = self.options(() if adapter is None else (adapter,))
+        return dict(zip(self.outputs, self.session.run(self.outputs, feeds, options), strict=True))
+
+    def empty_cache(self, num_rows: int) -> dict[str, np.ndarray]:
+        """The cache before the first token."""
+        return {
+            name: np.zeros((num_rows, node.shape[1], 0, node.shape[3]), TYPES[node.type])
+            for name, node in self.inputs.items()
+            if name.startswith(CACHE)
+        }
+
+    def step(
+        self, ids: np.ndarray, mask: np.ndarray, cache: dict[str, np.ndarray], adapter: str | None,
+        positions: Sequence[int] | None = None,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:  # fmt: skip
+        """Logits [B, K, V] of new tokens `ids` [B, T], and the cache with them; `mask` [B, P + T].
+
+        `positions`: which of the T get logits; None takes the last.
+        """
+        feeds = {"input_ids": ids, "attention_mask": mask, **cache}
+        feeds["logit_positions"] = np.array([ids.shape[1] - 1] if positions is None else positions, np.int64)
+        found = self.run(feeds, adapter)
+        grown = {name: found[name.replace(CACHE, "present.", 1)] for name in cache}
+        return found["logits"], grown
+
+    def logits(self, row: Sequence[int], adapter: str | None = None, by_token: bool = False) -> np.ndarray:
+        """Logits [T, V] at every position of one row; `by_token`: through the cache, a token at a time."""
+        ids = np.array([list(row)], np.int64)
+        if not by_token:
+            found, _ = self.step(ids, np.ones_like(ids), self.empty_cache(1), adapter, range(ids.shape[1]))
+            return found[0]
+        cache, found = self.empty_cache(1), []
+        for place in range(ids.shape[1]):
+            mask = np.ones((1, place + 1), np.int64)
+            logits, cache = self.step(ids[:, place : place + 1], mask, cache, adapter)
+            found.append(logits[0, 0])
+        return np.stack(found)
+
+    def encode(self, row: Sequence[int], adapter: str | None = None) -> np.ndarray:
+        """What an encoder's graph gives for one row: logits [1, ...], or hidden states [1, T, H]."""
+        ids = np.array([list(row)], np.int64)
+        every = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        (found,) = self.run({name: every[name] for name in self.inputs}, adapter).values()
+        return found
+
+    def generate(self, rows: Sequence[Sequence[int]], decoding: Decoding, adapter: str | None) -> list[list[int]]:
+        """The new tokens of each row, up to and without its stop token.
+
+        Raises: RequestError for an empty row, or one that does not fit into the model with its answer.
+        """
+        self._check_rows(rows, decoding.max_new_tokens)
+        longest = max(len(row) for row in rows)
+        ids = np.array([[decoding.pad_id] * (longest - len(row)) + list(row) for row in rows], np.int64)
+        mask = np.array([[0] * (longest - len(row)) + [1] * len(row) for row in rows], np.int64)
+        cache, generator = self.empty_cache(len(rows)), np.random.default_rng(decoding.seed)
+        answers: list[list[int]] = [[] for _ in rows]
+        going = [True] * len(rows)
+        for _ in range(decoding.max_new_tokens):
+            logits, cache = self.step(ids, mask, cache, adapter)
+            chosen = choose_tokens(logits[:, 0], decoding, generator)
+            for place, token in enumerate(chosen.tolist()):
+                going[place] = going[place] and token not in decoding.stop_ids
+                if going[place]:
+                    answers[place].append(token)
+            if not any(going):
+                break
+            ids = chosen[:, None].astype(np.int64)
+            mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
+        return answers
+
+    def _check_rows(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        if any(not row for row in rows):
+            raise RequestError(f"prompt {[len(row) for row in rows].index(0) + 1} is empty; give at least one token")
+        longest, positions = max(len(row) for row in rows), self.manifest.max_positions
+        if positions is not None and longest + max_new_tokens > positions:
+            raise RequestError(
+                f"a prompt of {longest} tokens with max_new_tokens={max_new_tokens} does not fit into the model's "
+                f"{positions} positions; shorten the prompt or lower max_new_tokens"
+            )
+
+
+def session_of(file: Path, num_threads: int | None = None) -> Any:
+    """The graph, ready to run on the CPU, without the library's warnings.
+
+    Raises: RequestError for a graph that ONNX Runtime can't read.
+    """
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    # threads that spin while they wait take the cores from whoever else is at work
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.log_severity_level = 3  # it warns of every input that has a default: hundreds, and meant so
+    if num_threads is not None:
+        settings.intra_op_num_threads = num_threads
+    try:
+        return onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise RequestError(f"ONNX Runtime can't read '{file}': {error}") from error
+
+
+def choose_tokens(logits: np.ndarray, decoding: Decoding, generator: np.random.Generator) -> np.ndarray:
+    """A token for each row of `logits` [B, V]: the likeliest, or a draw (Holtzman et al. 2019, arXiv 1904.09751)."""
+    if decoding.temperature == 0:
+        return logits.argmax(-1)
+    scaled = logits.astype(np.float64) / decoding.temperature
+    weights = np.exp(scaled - scaled.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    order = np.argsort(-weights, axis=-1, kind="stable")
+    drawn = np.empty(len(logits), np.int64)
+    for row, places in enumerate(order):
+        sums = np.cumsum(weights[row, places])
+        # the first token that reaches top_p is in; rounding may leave the sum below 1
+        kept = places[: int(np.searchsorted(sums, decoding.top_p)) + 1]
+        share = weights[row, kept] / weights[row, kept].sum()
+        drawn[row] = generator.choice(kept, p=share)
+    return drawn
