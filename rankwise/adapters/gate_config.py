@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from rankwise.errors import RequestError, did_you_mean
 
@@ -84,7 +85,7 @@ class EmbeddingConfig:
             raise RequestError(f"unknown embedding per {self.per!r}{did_you_mean(str(self.per), PER_EMBEDDING)}")
 
 
-def check_names(tasks: Iterable[str], what: str = "task") -> None:
+def check_names(tasks: Iterable[Any], what: str = "task") -> None:
     """Raises: RequestError when there is none, one stands twice, or a name could not be that of a folder."""
     names = list(tasks)
     if not names:

@@ -9,7 +9,7 @@ Legend: T tasks, G groups of layers with logits of their own, E entries of a tas
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -175,7 +175,7 @@ class Mixture(nn.Module):
         return found
 
     @contextlib.contextmanager
-    def routed(self, given: int | Tensor | None) -> Iterator[None]:
+    def routed(self, given: int | Tensor | None) -> Generator[None]:
         """In the block, this is what is read."""
         before, self.routing.given = self.routing.given, given
         try:

@@ -239,7 +239,7 @@ def _write_adapter(folder: Path, fields: Mapping[str, object], tensors: Mapping[
 def folder_of(model: nn.Module) -> GateFolder:
     """What `tasks.json` says of the attached gate."""
     mixture, attachment = mixture_of(model), need_attachment(model)
-    adapters = {name: name if name in mixture.tasks else None for name in attachment.members}
+    adapters: dict[str, str | None] = {name: name if name in mixture.tasks else None for name in attachment.members}
     if mixture.embedding is not None:
         adapters = {SHARED: None}
     return GateFolder(list(mixture.tasks), adapters, mixture.gate, mixture.embedding, mixture.router_report)
