@@ -21,16 +21,18 @@ from typing import final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from typing_extensions import override
 
 from rankwise.adapters.base import AdapterLayer, LowRank
-from rankwise.adapters.layers import ConvolutionKind, LayerKind
+from rankwise.adapters.layers import ConvolutionKind, LayerKind, LinearKind
 from rankwise.adapters.mixture import Mixture
 from rankwise.adapters.sharing import Derived
 from rankwise.errors import RequestError
 
+TOKENS_BY_ROW = 16
+"""Tokens of a row from which on its own adapter alone costs less than all adapters side by side."""
 ALWAYS = -1
 """In place of a task's number: the adapter takes part whatever the task is."""
 
@@ -81,6 +83,9 @@ class GateLayer(AdapterLayer):
         self._name = name
         self._mixture = (mixture,)  # in a tuple, it is no submodule: it belongs to the model
         self._derived = Derived(), Derived()
+        self._stacked = Derived(), Derived()
+        self._spread: tuple[Tensor, Tensor] | None = None
+        """Shares that were asked for last, and their coefficients."""
         ends = [0, *accumulate(member.A.shape[0] for member in members)]
         self._places = [slice(*pair) for pair in pairwise(ends)]
         """Where each member's columns are."""
@@ -113,16 +118,55 @@ class GateLayer(AdapterLayer):
         y = self.base(x)
         if not self.active:
             return y
+        dtype = x.dtype if self.kind.drops_input else self.weight.dtype
+        if self.kind.drops_input and self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        if (rows := self._rows(x)) is not None:
+            return y + self._row_by_row(x, rows, dtype).to(y.dtype)
         members, coefficients = self._chosen()
         if not members:
             return y
-        dtype = x.dtype if self.kind.drops_input else self.weight.dtype
         A, B = self._joined(members, dtype)
-        if self.kind.drops_input and self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
         h = self.kind.down(self.base, x, A)
         h = h * self._over(coefficients, h).to(h.dtype)
         return y + self.kind.up(self.base, h, B).to(y.dtype)
+
+    def _rows(self, x: Tensor) -> Int64[Tensor, " B"] | None:
+        """The task of each row of `x`, where that is cheaper than all adapters for all rows: rows of several tokens."""
+        mixture = self.mixture
+        if mixture.embedding is not None or not isinstance(self.kind, LinearKind) or x.dim() != 3:
+            return None
+        rows = mixture.rows() if x.shape[1] >= TOKENS_BY_ROW else None
+        if rows is None or x.shape[0] % len(rows):
+            return None
+        return rows.to(x.device).repeat_interleave(x.shape[0] // len(rows))
+
+    def _row_by_row(self, x: Float[Tensor, "B T n"], rows: Int64[Tensor, " B"], dtype: torch.dtype) -> Tensor:
+        """Each row through the factors of its own task."""
+        A, B = tuple(self.lora_A), tuple(self.lora_B)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            down, up = self._by_task(0, dtype), self._by_task(1, dtype)
+        else:
+            of_A, of_B = self._stacked
+            down, up = of_A.of(A, lambda: self._by_task(0, dtype)), of_B.of(B, lambda: self._by_task(1, dtype))
+            if down.dtype != dtype:  # made for other arithmetic
+                down, up = down.to(dtype), up.to(dtype)
+        h = torch.bmm(x, down.index_select(0, rows).transpose(1, 2))
+        return torch.bmm(h, up.index_select(0, rows).transpose(1, 2))
+
+    def _by_task(self, dim: int, dtype: torch.dtype) -> Float[Tensor, "T ..."]:
+        """A (dim 0) or s B (dim 1) of each task's adapters, padded with zeros to the highest rank."""
+        factors = (
+            list(self.lora_A) if dim == 0 else [B * s for B, s in zip(self.lora_B, self.member_scales, strict=True)]
+        )
+        none = factors[0].narrow(dim, 0, 0)
+        of_tasks = [
+            torch.cat([none, *(factors[i] for i, owner in enumerate(self.owners) if owner in (task, ALWAYS))], dim)
+            for task in range(len(self.mixture.tasks))
+        ]
+        most = max(one.shape[dim] for one in of_tasks)
+        after = (lambda rank: (0, 0, 0, most - rank)) if dim == 0 else (lambda rank: (0, most - rank))
+        return torch.stack([F.pad(one, after(one.shape[dim])) for one in of_tasks]).to(dtype)
 
     def _chosen(self) -> tuple[list[int], Float[Tensor, "*b R"]]:
         """The members that may take part, and the coefficients of their columns, scale included."""
@@ -137,9 +181,13 @@ class GateLayer(AdapterLayer):
                 return every, self.scales
             parts = [self.scales[self._places[i]] for i in members]
             return members, parts[0] if len(parts) == 1 else torch.cat([*parts, self.scales[:0]])
-        chosen = chosen.to(self.columns.device)
-        shares = torch.cat([chosen, chosen.new_ones(*chosen.shape[:-1], 1)], dim=-1)
-        return every, shares[..., self.columns] * self.scales
+        if self._spread is not None and self._spread[0] is chosen:
+            return every, self._spread[1]
+        moved = chosen.to(self.columns.device)
+        shares = torch.cat([moved, moved.new_ones(*moved.shape[:-1], 1)], dim=-1)
+        coefficients = shares[..., self.columns] * self.scales
+        self._spread = None if coefficients.requires_grad else (chosen, coefficients)
+        return every, coefficients
 
     def _joined(self, members: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B of these members side by side, in `dtype`; kept between calls where no gradient is wanted."""

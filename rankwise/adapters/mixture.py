@@ -30,6 +30,8 @@ class Routing:
     """One task for all, ids of rows [B] or of tokens [B, T], or shares of the tasks, [T], as floats."""
     inferred: Int64[Tensor, " B"] | None = None
     """What the classifier has found for each row, while nothing is given."""
+    spread: tuple[Tensor, Tensor] | None = None
+    """Ids, and the same as shares: each layer asks for them anew."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> Routing:
         return Routing()
@@ -111,7 +113,16 @@ class Mixture(nn.Module):
             raise RequestError(self._missing())
         if given.is_floating_point():
             return given
-        return F.one_hot(given, len(self.tasks)).float()
+        spread = self.routing.spread
+        if spread is None or spread[0] is not given:
+            spread = self.routing.spread = given, F.one_hot(given, len(self.tasks)).float()
+        return spread[1]
+
+    def rows(self) -> Int64[Tensor, " B"] | None:
+        """The task of each row, where rows have one each."""
+        given = self.routing.inferred if self.routing.given is None and self.logits is None else self.routing.given
+        is_rows = isinstance(given, Tensor) and given.dim() == 1 and not given.is_floating_point()
+        return given if is_rows else None
 
     def shares(self, group: int) -> Float[Tensor, " T"]:
         """What the learned gate gives each task's adapter in layers of this group; they sum to 1."""
@@ -164,7 +175,7 @@ class Mixture(nn.Module):
                 f"task number {int(numbers.max())} can't be: there are {len(self.tasks)}, from 0 "
                 f"({', '.join(self.tasks)})"
             )
-        return int(numbers) if numbers.ndim == 0 else numbers.long()
+        return int(numbers) if numbers.ndim == 0 else numbers.long().clone()  # the caller may write to theirs
 
     def _shares_by_name(self, shares: Mapping[str, float]) -> Float[Tensor, " T"]:
         found = torch.zeros(len(self.tasks))

@@ -26,7 +26,7 @@ def parts_of(name: str) -> list[str]:
 
     A parameter that is neither A nor B (a magnitude, a bias, a module trained whole) counts by its own name.
     """
-    module, _, factor = name.rpartition(".")
+    module, _, factor = re.sub(r"\.\d+$", "", name).rpartition(".")  # a gate numbers its adapters
     depth = _DEPTH.search(name)
     parts = [FACTORS.get(factor, factor), module.rpartition(".")[2]]
     return [part for part in parts if part] + ([f"layer {depth[1]}"] if depth else [])

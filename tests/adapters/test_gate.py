@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from rankwise.adapters import gate as gate_module
 from rankwise.adapters.config import LoraConfig
-from rankwise.adapters.gate import ALWAYS, GateLayer, Member
+from rankwise.adapters.gate import ALWAYS, TOKENS_BY_ROW, GateLayer, Member
 from rankwise.adapters.gate_config import EmbeddingConfig, GateConfig, check_names
 from rankwise.adapters.layers import layer_kind
 from rankwise.adapters.lora import LoraLayer
@@ -23,6 +24,7 @@ RANKS = (4, 1, 7)
 SCALES = (2.0, 0.5, 3.0)
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 8), (3, 5, 12)),
+    "long-rows": (lambda: nn.Linear(12, 8), (3, TOKENS_BY_ROW, 12)),
     "conv1d": (lambda: Conv1D(8, 12), (3, 5, 12)),
     "two-dimensional": (lambda: nn.Linear(12, 8), (3, 12)),
     "convolution": (lambda: nn.Conv2d(4, 6, (3, 2), padding=1), (3, 4, 9, 8)),
@@ -88,12 +90,28 @@ def test_tokens_of_packed_rows_each_have_a_task():
     assert relative(y, expected) < 1e-6 and relative(flat, expected.flatten(0, 1)) < 1e-6
 
 
-def test_rows_that_beams_multiply_keep_their_task():
-    gated, alone, _, x, mixture = made("linear", GateConfig())
+@pytest.mark.parametrize("layer", ["linear", "long-rows"])
+def test_rows_that_beams_multiply_keep_their_task(layer):
+    gated, alone, _, x, mixture = made(layer, GateConfig())
     with mixture.routed(torch.tensor([1, 2, 0])):
         y = gated(x.repeat_interleave(4, dim=0))
     for row, task in enumerate([1, 2, 0]):
-        assert relative(y[4 * row : 4 * row + 4], alone[task](x[row : row + 1]).expand(4, 5, 8)) < 1e-6
+        assert relative(y[4 * row : 4 * row + 4], alone[task](x[row : row + 1]).expand(4, -1, 8)) < 1e-6
+
+
+def test_what_is_kept_between_calls_follows_the_factors():
+    gated, alone, _, x, mixture = made("long-rows", GateConfig())
+    ids = torch.tensor([0, 1, 2])
+    with torch.no_grad(), mixture.routed(mixture.one(ids)):
+        for by in (1.0, 0.5):
+            for factors, one in zip(gated.lora_B, alone, strict=True):
+                factors.mul_(by)
+                one.lora_B.mul_(by)
+            expected = torch.cat([one(x[row : row + 1]) for row, one in enumerate(alone)])
+            assert relative(gated(x), expected) < 1e-6
+            assert relative(gated(x[:, :2]), expected[:, :2]) < 1e-6
+        ids[0] = 2
+        assert relative(gated(x), expected) < 1e-6, "the caller's own ids may change afterwards"
 
 
 @layers
@@ -149,8 +167,10 @@ def test_a_task_vector_scales_the_rank_space(layer):
             assert relative(gated.delta_weight(), scaled.delta_weight()) < 1e-6
 
 
-@pytest.mark.parametrize("what", ["soft", "rows", "embedding"])
-def test_gradients_are_those_of_the_formula(what):
+@pytest.mark.parametrize("what", ["soft", "rows", "row-by-row", "embedding"])
+def test_gradients_are_those_of_the_formula(what, monkeypatch):
+    if what == "row-by-row":
+        monkeypatch.setattr(gate_module, "TOKENS_BY_ROW", 1)
     gate = None if what == "embedding" else GateConfig("soft" if what == "soft" else "hard")
     gated, *_, x, mixture = made("linear", gate, EmbeddingConfig() if what == "embedding" else None, torch.float64)
     gated.scales = gated.scales.double()
@@ -166,7 +186,7 @@ def test_gradients_are_those_of_the_formula(what):
         with mixture.routed(given):
             return _called(gated, mixture, own, theirs, x)
 
-    assert len(inputs) == {"soft": 7, "rows": 6, "embedding": 5}[what]
+    assert len(inputs) == {"soft": 7, "rows": 6, "row-by-row": 6, "embedding": 5}[what]
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), *(p.detach().requires_grad_() for p in inputs.values())))
 
 
