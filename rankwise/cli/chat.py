@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from rankwise.cli.arguments import add_target, positive
+from rankwise.cli.arguments import add_onnx, add_target, open_any, positive
 from rankwise.errors import RequestError
 
 if TYPE_CHECKING:
@@ -18,15 +18,16 @@ HELP = "/quit ends, /reset forgets the conversation, /base switches the adapter 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     add_target(parser)
+    add_onnx(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message that opens the conversation")
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="the longest answer")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Reads lines until /quit or the end of input; the document holds the conversation."""
-    from rankwise.recipes.generate import Conversation, open_session
+    from rankwise.recipes.generate import Conversation
 
-    session = open_session(args.target, args.base, args.device, args.precision, args.chat_template, args.task)
+    session = open_any(args)
     talk = Conversation(session, args.system, args.max_new_tokens)
     print(f"{args.target} on {session.device}. {HELP}.", file=sys.stderr)
     while (line := _read()) is not None and line != "/quit":

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rankwise.cli.arguments import add_target, positive
+from rankwise.cli.arguments import add_onnx, add_target, open_any, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     add_target(parser)
+    add_onnx(parser)
     parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="one or more prompts, each quoted")
     parser.add_argument("--system", metavar="TEXT", help="a system message before each prompt")
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="the longest answer")
@@ -19,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Answers; see `recipes.generate`."""
-    from rankwise.recipes.generate import open_session
-
-    session = open_session(args.target, args.base, args.device, args.precision, args.chat_template, args.task)
+    session = open_any(args)
     answers = session.answer_all(args.prompt, args.system, args.max_new_tokens, args.batch_size)
     pairs = zip(args.prompt, answers, strict=True)
     return {"target": args.target, "results": [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]}

@@ -32,6 +32,31 @@ TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen.
+
+    Args:
+        temperature: 0 takes the most likely token each time.
+        top_p: draws from the most likely tokens that hold this share of the probability.
+        seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise RequestError(f"temperature must be a number from 0, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.temperature == 0 and self.top_p != 1.0:
+            raise RequestError(f"top_p {self.top_p} has no effect without a temperature; give one above 0")
+        if self.temperature == 0 and self.seed != 0:
+            raise RequestError(f"seed {self.seed} has no effect without a temperature; give one above 0")
+
+
+@dataclass(frozen=True)
 class Decoding:
     """How answers are written.
 
@@ -39,27 +64,17 @@ class Decoding:
         max_new_tokens: the longest answer.
         stop_ids: tokens that end it.
         pad_id: fills rows of a batch on the left.
-        temperature: 0 takes the most likely token each time.
-        top_p: draws from the most likely tokens that hold this share of the probability.
-        seed: of the draws.
+        sampling: how each token is chosen.
     """
 
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     pad_id: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    sampling: Sampling = Sampling()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise RequestError(f"temperature must be a number from 0, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if self.temperature == 0 and self.top_p != 1.0:
-            raise RequestError(f"top_p {self.top_p} has no effect without a temperature; give one above 0")
 
 
 @final
@@ -150,12 +165,15 @@ class OnnxModel:
             )
             if not fits:
                 raise RequestError(f"adapter '{path}': '{name}' is {list(shape)}, the graph takes {list(node.shape)}")
-        for name, value in parameters.items():
-            other = name.removesuffix(".lora_A") + ".lora_B"
-            if not name.endswith(".lora_A"):
-                continue
-            if other not in parameters or parameters[other].shape()[0] != value.shape()[1]:
-                raise RequestError(f"adapter '{path}': '{name}' and '{other}' are not of one rank")
+        layers = {name.rpartition(".")[0] for name in parameters if name.endswith((".lora_A", ".lora_B"))}
+        for layer in sorted(layers):
+            down, up = parameters.get(f"{layer}.lora_A"), parameters.get(f"{layer}.lora_B")
+            if down is None or up is None or down.shape()[1] != up.shape()[0]:
+                raise RequestError(f"adapter '{path}': lora_A and lora_B of '{layer}' are not of one rank")
+
+    def forget(self, name: str) -> None:
+        """Lets go of an adapter that has been read; the next use reads it again."""
+        self._options.pop(name, None)
 
     # --- runs ------------------------------------------------------------------------------------------------------
 
@@ -215,12 +233,12 @@ class OnnxModel:
         longest = max(len(row) for row in rows)
         ids = np.array([[decoding.pad_id] * (longest - len(row)) + list(row) for row in rows], np.int64)
         mask = np.array([[0] * (longest - len(row)) + [1] * len(row) for row in rows], np.int64)
-        cache, generator = self.empty_cache(len(rows)), np.random.default_rng(decoding.seed)
+        cache, generator = self.empty_cache(len(rows)), np.random.default_rng(decoding.sampling.seed)
         answers: list[list[int]] = [[] for _ in rows]
         going = [True] * len(rows)
         for _ in range(decoding.max_new_tokens):
             logits, cache = self.step(ids, mask, cache, adapter)
-            chosen = choose_tokens(logits[:, 0], decoding, generator)
+            chosen = choose_tokens(logits[:, 0], decoding.sampling, generator)
             for place, token in enumerate(chosen.tolist()):
                 going[place] = going[place] and token not in decoding.stop_ids
                 if going[place]:
@@ -261,11 +279,11 @@ def session_of(file: Path, num_threads: int | None = None) -> Any:
         raise RequestError(f"ONNX Runtime can't read '{file}': {error}") from error
 
 
-def choose_tokens(logits: np.ndarray, decoding: Decoding, generator: np.random.Generator) -> np.ndarray:
+def choose_tokens(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> np.ndarray:
     """A token for each row of `logits` [B, V]: the likeliest, or a draw (Holtzman et al. 2019, arXiv 1904.09751)."""
-    if decoding.temperature == 0:
+    if sampling.temperature == 0:
         return logits.argmax(-1)
-    scaled = logits.astype(np.float64) / decoding.temperature
+    scaled = logits.astype(np.float64) / sampling.temperature
     weights = np.exp(scaled - scaled.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     order = np.argsort(-weights, axis=-1, kind="stable")
@@ -273,7 +291,7 @@ def choose_tokens(logits: np.ndarray, decoding: Decoding, generator: np.random.G
     for row, places in enumerate(order):
         sums = np.cumsum(weights[row, places])
         # the first token that reaches top_p is in; rounding may leave the sum below 1
-        kept = places[: int(np.searchsorted(sums, decoding.top_p)) + 1]
+        kept = places[: int(np.searchsorted(sums, sampling.top_p)) + 1]
         share = weights[row, kept] / weights[row, kept].sum()
         drawn[row] = generator.choice(kept, p=share)
     return drawn

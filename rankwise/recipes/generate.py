@@ -4,47 +4,52 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, final
 
-import torch
+from typing_extensions import override
 
 from rankwise.attach.inject import disabled
-from rankwise.data.formats import ASSISTANT, SYSTEM, USER, Turn
+from rankwise.data.formats import ASSISTANT, USER, Turn
 from rankwise.data.templates import render_prompt, stop_token_ids, template_for
 from rankwise.errors import RequestError
 from rankwise.evaluate.generate import generate_answers
+from rankwise.recipes.session import Session, opening
 from rankwise.recipes.target import Opened, find_target, need_task, open_target
 
 ANSWERING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 """Task types of models that write."""
 
 
+@final
 @dataclass(frozen=True)
-class Session:
-    """A loaded target that answers."""
+class ModelSession(Session):
+    """A target in torch that answers greedily."""
 
     opened: Opened
 
     @property
-    def device(self) -> torch.device:
-        """Where the model runs."""
-        return self.opened.model.device
+    @override
+    def name(self) -> str:
+        return self.opened.target.name
 
-    def answer_all(self, prompts: Sequence[str], system: str | None, max_new_tokens: int, batch_size: int) -> list[str]:
-        """The greedy answer to each prompt.
+    @property
+    @override
+    def device(self) -> str:
+        return str(self.opened.model.device)
 
-        Raises: RequestError for an empty prompt, or one that does not fit into the model.
-        """
-        conversations: list[list[Turn]] = []
-        for place, prompt in enumerate(prompts, start=1):
-            if not prompt.strip():
-                raise RequestError(f"prompt {place} is empty; give a text")
-            conversations.append([*_system(system), Turn(USER, prompt)])
-        return self.continue_all(conversations, max_new_tokens, batch_size)
+    @property
+    @override
+    def has_adapter(self) -> bool:
+        return self.opened.target.adapter is not None
 
+    @override
+    def base_alone(self) -> contextlib.AbstractContextManager[None]:
+        return disabled(self.opened.model)
+
+    @override
     def continue_all(self, conversations: Sequence[Sequence[Turn]], max_new_tokens: int, batch_size: int) -> list[str]:
-        """The assistant's next turn of each conversation. Raises: RequestError, as `answer_all`."""
         data = self.opened.target.data_config()
         tokenizer = self.opened.tokenizer
         layout = self.opened.target.needs.layout
@@ -74,15 +79,15 @@ class Conversation:
 
     def reset(self) -> None:
         """Forgets everything but the system message."""
-        self.turns = _system(self.system)
+        self.turns = opening(self.system)
 
     def toggle_base(self) -> bool:
         """Switches the adapter off or on again; whether the base is alone now.
 
         Raises: RequestError for a target without an adapter.
         """
-        if self.session.opened.target.adapter is None:
-            raise RequestError(f"'{self.session.opened.target.name}' has no adapter to switch off")
+        if not self.session.has_adapter:
+            raise RequestError(f"'{self.session.name}' has no adapter to switch off")
         self.base_alone = not self.base_alone
         return self.base_alone
 
@@ -92,7 +97,7 @@ class Conversation:
         Raises: RequestError when the conversation no longer fits into the model.
         """
         turns = [*self.turns, Turn(USER, text)]
-        alone = disabled(self.session.opened.model) if self.base_alone else contextlib.nullcontext()
+        alone = self.session.base_alone() if self.base_alone else contextlib.nullcontext()
         with alone:
             answer = self.session.continue_all([turns], self.max_new_tokens, 1)[0]
         self.turns = [*turns, Turn(ASSISTANT, answer)]
@@ -106,7 +111,7 @@ def open_session(
     precision: str = "auto",
     chat_template: str | None = None,
     task: str | None = None,
-) -> Session:
+) -> ModelSession:
     """Loads a run, adapter or model, and says which template was chosen where there is none. `task`: of a gate's.
 
     Raises: RequestError for what can't be loaded.
@@ -121,8 +126,21 @@ def open_session(
     opened = open_target(found, precision)
     for note in template_for(opened.tokenizer, opened.target.data_config(), opened.target.needs.layout).notes:
         print(f"note: {note}", file=sys.stderr)
-    return Session(opened)
+    return ModelSession(opened)
 
 
-def _system(text: str | None) -> list[Turn]:
-    return [] if text is None else [Turn(SYSTEM, text)]
+def open_export(
+    folder: str,
+    adapter: str | None = None,
+    chat_template: str | None = None,
+    sampling: Mapping[str, Any] | None = None,
+) -> Session:
+    """Opens a folder of `rankwise export --to onnx`. `adapter`: one of its names, `base` for none; None takes the only
+    one. `sampling`: fields of `rankwise.export.onnx_runtime.Sampling`.
+
+    Raises: RequestError for what can't be opened.
+    """
+    from rankwise.export.onnx_runtime import Sampling  # the package is needed here only
+    from rankwise.recipes.generate_onnx import OnnxSession
+
+    return OnnxSession(folder, adapter, chat_template, Sampling(**(sampling or {})))

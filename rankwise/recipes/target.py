@@ -22,6 +22,7 @@ from rankwise.attach.targets import HEADS
 from rankwise.data.config import AUTO, DataConfig
 from rankwise.data.formats import TEXT
 from rankwise.errors import RequestError, did_you_mean
+from rankwise.export.onnx_folder import is_onnx_folder
 from rankwise.models.config import ModelConfig
 from rankwise.models.heads import set_padding
 from rankwise.models.labels import MULTI, Head, Labels
@@ -157,6 +158,11 @@ def _found(name: str, base: str | None, device: str) -> Target:
         return _run_target(name, folder, base, device)
     if (folder / CONFIG_FILE).is_file() or is_gate_folder(folder):
         return _adapter_target(name, folder, base, device)
+    if is_onnx_folder(folder):
+        raise RequestError(
+            f"'{name}' is an ONNX export, which `rankwise generate` and `rankwise chat` run; give the run or adapter "
+            "that it was made from"
+        )
     if (folder / MODEL_FILE).is_file():
         if base is not None:
             raise RequestError(f"'{name}' is a model, not an adapter, so --base {base} has no effect")
