@@ -129,6 +129,19 @@ def test_classify(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "adapter" / "head.json").exists()
 
 
+def test_tasks(files, tmp_path: Path) -> None:
+    """The run file and its data, on a tiny model."""
+    changes = [
+        "model.name=" + files["model"], "output=" + files["output"], "train.steps=4", "train.evaluate_every=4",
+        "tasks.conflict_every=2", "tasks.stages=[{kind: shared, steps: 2}, {kind: joint}]", "tasks.isolate_below=0.9",
+        "train.sample_tokens=2", "train.precision=fp32",
+    ]  # fmt: skip
+    summary = rw.train(read_run(EXAMPLES / "tasks.yaml", changes), quiet=True)
+    assert set(summary["tasks"]["losses"]) == {"capitals", "backwards", "doubled"} and summary["tasks"]["isolated"]
+    assert (tmp_path / "out" / "adapter" / "backwards" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "out" / "conflict.jsonl").exists()
+
+
 CLUSTER = EXAMPLES / "cluster"
 
 
