@@ -39,6 +39,10 @@ def show(result: dict[str, Any]) -> None:
     print(f"trained {result['trainable_parameters']:,} parameters for {counted(result['steps'], 'step')}{resumed}")
     valid = result["best_valid_loss"]
     print(f"loss {result['final_loss']:.4f}" + (f", best validation loss {valid:.4f}" if valid is not None else ""))
+    tasks = result.get("tasks") or {}
+    if losses := tasks.get("losses"):
+        each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        print(f"tasks: {each}; mean {tasks['mean']:.4f}, worst {tasks['worst']}")
     if result["stopped_early"]:
         print("stopped early: the validation loss no longer fell")
     if result["adapter_step"] != result["steps"]:

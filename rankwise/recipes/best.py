@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 from rankwise import distributed
 from rankwise.attach.checkpoint import save_adapter
+from rankwise.attach.gate_folder import is_gate_folder
 from rankwise.errors import WorkError
-from rankwise.files import copy_into
+from rankwise.files import copy_into, replacing_folder
 from rankwise.recipes.finetune_job import Job
 from rankwise.recipes.output import RunFolder
 from rankwise.say import Say
@@ -45,5 +48,9 @@ def write_adapter(job: Job, folder: RunFolder, say: Say) -> int:
             f"the best checkpoint '{path}' is damaged ({problem}); to take the last step's adapter instead, go on with "
             "--resume train.keep_best=false"
         )
-    copy_into(path / ADAPTER, folder.adapter)
+    if is_gate_folder(path / ADAPTER):  # a folder of folders
+        with replacing_folder(folder.adapter) as new:
+            shutil.copytree(path / ADAPTER, new, dirs_exist_ok=True)
+    else:
+        copy_into(path / ADAPTER, folder.adapter)
     return best_step

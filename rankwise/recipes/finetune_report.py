@@ -17,6 +17,8 @@ from rankwise.errors import counted
 from rankwise.quantized import storage_in
 from rankwise.recipes.finetune_data import RunData
 from rankwise.recipes.run import RunConfig, StartFrom
+from rankwise.tasks.config import BEHIND
+from rankwise.tasks.sampling import shares_of
 from rankwise.train.loop import LoopPlan
 from rankwise.train.precision import Precision
 
@@ -103,7 +105,7 @@ def _data_lines(run: RunConfig, data: RunData) -> list[str]:
     lines = [
         f"data      {counted(len(loaded.examples), 'row')} ({loaded.format}), {tokens:,} tokens an epoch, {what}",
         *_label_lines(data),
-        *_mix_lines(data),
+        *_mix_lines(run, data),
         *_split_lines(run, data),
     ]
     for split, part in (("train", loaded), ("valid", data.valid)):
@@ -128,11 +130,17 @@ def _label_lines(data: RunData) -> list[str]:
     return [f"          {counted(len(names), 'label')}: {', '.join(names[:SHOWN_LABELS])}{more}"]
 
 
-def _mix_lines(data: RunData) -> list[str]:
-    """What an epoch draws from each source, where there are several."""
+def _mix_lines(run: RunConfig, data: RunData) -> list[str]:
+    """What an epoch draws from each source, where there are several; of tasks, by what they are drawn."""
     training = data.training
     if len(training.names) == 1:
         return []
+    if run.tasks.data:
+        sizes = dict(zip(training.names, training.sizes, strict=True))
+        shares = shares_of(run.tasks.drawn, sizes)
+        first = " at first" if run.tasks.drawn.by == BEHIND else ""
+        drawn = [f"{name} {share:.0%} ({counted(sizes[name], 'row')})" for name, share in shares.items()]
+        return [f"          tasks, drawn by {run.tasks.drawn.by}{first}: {', '.join(drawn)}"]
     total = sum(training.quotas)
     drawn = [
         f"{name} {quota:,} of {counted(size, 'row')} ({quota / total:.0%})"

@@ -52,8 +52,9 @@ def model_hashes(model: PreTrainedModel, revision: str | None) -> dict[str, Any]
 
 
 def adapter_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of an adapter folder."""
-    return {file.name: sha256_file(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    """SHA-256 of each file of an adapter folder, or of a folder of several, by its path in it."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {str(file.relative_to(folder)): sha256_file(file) for file in files}
 
 
 def versions() -> dict[str, str]:

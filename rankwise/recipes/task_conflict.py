@@ -59,8 +59,8 @@ class ConflictMeter:
 
     def measure(self, step: int) -> Conflict:
         """The cosines of all pairs of tasks in each adapted layer, as the model is after `step`."""
-        layers = {name: list(layer.peft_parameters().values()) for name, layer in adapter_layers(self._model).items()}
-        layers = {name: parameters for name, parameters in layers.items() if parameters}
+        found_layers = {name: layer for name, layer in adapter_layers(self._model).items() if layer.rank}  # no heads
+        layers = {name: list(layer.peft_parameters().values()) for name, layer in found_layers.items()}
         every = [parameter for parameters in layers.values() for parameter in parameters]
         with untouched(self._model, self._model.device), torch.enable_grad(), _all_trained(every), self._together():
             gradients = [self._gradient(rows, every) for rows in self._rows.values()]

@@ -24,7 +24,7 @@ PARTS = (GATE, ADAPTERS)
 AUTO = "auto"
 
 DEFAULT_TEMPERATURE = 2.0
-DEFAULT_CONFLICT_ROWS = 8
+DEFAULT_CONFLICT_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class TasksConfig:
             in the others: `auto` (those where the tasks' gradients conflict), or a list of names; not given: all.
         isolate_below: of `auto`: the cosine of two tasks' gradients below which a layer is isolated; not given: 0.
         conflict_every: steps between two measurements of the conflict of the tasks' gradients; not given: none.
-        conflict_rows: rows of each task that such a measurement takes; not given: 8.
+        conflict_rows: rows of each task that such a measurement takes; not given: 32.
 
     Raises: RequestError for a value out of range, or a setting without effect.
     """

@@ -125,6 +125,19 @@ def test_sizes_are_what_the_run_draws_by() -> None:
     assert list(SIZES) == list(ANSWERS)
 
 
+def test_the_best_of_a_gate_is_kept_whole(files: Path, tmp_path: Path) -> None:
+    """A rate that breaks things later: the best is an earlier one, and its adapter is the result."""
+    quick = {"samples": 0, "sample_tokens": None, "keep_best": True, "lr": 3.0, "schedule": "constant"}
+    summary = train(task_run(files, tmp_path / "out", {"gate": {"mode": "hard"}}, **quick), quiet=True)
+    step = summary["adapter_step"]
+    assert step < 12
+    kept, result = tmp_path / "out" / "checkpoints" / f"step-{step}" / "adapter", tmp_path / "out" / "adapter"
+    names = sorted(str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file())
+    assert names == sorted(str(path.relative_to(result)) for path in result.rglob("*") if path.is_file())
+    assert all((kept / name).read_bytes() == (result / name).read_bytes() for name in names) and len(names) >= 7
+    assert set(json.loads((tmp_path / "out" / "provenance.json").read_text())["adapter"]) == set(names)
+
+
 # --- refused -------------------------------------------------------------------------------------------------------
 
 
