@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from rankwise.cli.arguments import positive
 from rankwise.export.formats import FORMATS, settled
 
 NUMBERS = {
@@ -31,20 +32,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="where the model in torch runs: cpu, cuda, mps or auto")
     parser.add_argument("--task", metavar="NAME", help="of several adapters under a gate: the task to export")
     parser.add_argument("--dtype", metavar="D", help=f"of the weights. {_choices('dtype')}")
-    parser.add_argument("--merged", action="store_true", default=None, help="onnx: the adapter folded into the graph")
+    parser.add_argument(
+        "--merged", action="store_true", default=None, help="onnx, tensorrt: the adapter folded into the graph"
+    )
     parser.add_argument(
         "--adapters", nargs="+", metavar="NAME=PATH", help="onnx: further adapters of the same base, for the same graph"
     )
     parser.add_argument(
         "--int8", nargs="?", const="weights", metavar="KIND",
-        help="onnx: weights (which --int8 alone means): in 8 bits by blocks; full: int8 products, a scale for a token",
+        help="onnx: weights (which --int8 alone means): in 8 bits by blocks; full: int8 products, a scale for a token; "
+        "tensorrt: int8 products, either word",
     )  # fmt: skip
     parser.add_argument("--int4", action="store_true", default=None, help="onnx: weights in 4 bits by blocks")
     parser.add_argument(
         "--max-kl", type=float, metavar="KL",
         help="onnx: the largest drift of a quantised graph, nats a token; not given: 0.02 for --int8, 0.1 for full, "
-        "0.5 for --int4",
+        "0.5 for --int4; tensorrt: of the graph, 1e-6 for fp32, 1e-3 for fp16, 2e-2 for bf16, 0.1 for --int8",
     )  # fmt: skip
+    parser.add_argument("--max-rows", type=positive, metavar="N", help="tensorrt: of a batch; not given: 8")
+    parser.add_argument(
+        "--max-context",
+        type=positive,
+        metavar="N",
+        help="tensorrt: of a prompt with its answer; not given: 2048, or less",
+    )
+    parser.add_argument("--max-rank", type=positive, metavar="R", help="tensorrt: of the adapter; not given: 64")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="of one weights file, as in 500MB; merged only: 5GB")
 
 

@@ -64,6 +64,21 @@ FORMATS: dict[str, Format] = {
         package="gguf",
         install="pip install 'rankwise[gguf]'",
     ),
+    "tensorrt": Format(
+        "an engine of TensorRT for RTX, built without a GPU and not run",
+        settings={
+            "dtype": "fp16",
+            "merged": False,
+            "int8": None,
+            "max_kl": None,
+            "max_rows": 8,
+            "max_context": None,
+            "max_rank": None,
+        },
+        choices={"dtype": ("fp32", "fp16", "bf16"), "int8": ("weights", "full")},
+        package="tensorrt_rtx",
+        install="pip install 'rankwise[tensorrt]'",
+    ),
 }
 """By the name that `--to` takes."""
 
@@ -103,8 +118,14 @@ def settled(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def need_package(name: str) -> None:
     """Raises: RequestError, with the command that installs it, when the format's package is missing."""
     chosen = known_format(name)
-    if chosen.package is not None and importlib.util.find_spec(chosen.package) is None:
-        raise RequestError(f"--to {name} needs the package {chosen.package}, which is not installed: {chosen.install}")
+    if chosen.package is not None:
+        need_module(chosen.package, name, chosen.install)
+
+
+def need_module(module: str, name: str, install: str) -> None:
+    """As `need_package`, for a further module that the format `name` needs."""
+    if importlib.util.find_spec(module) is None:
+        raise RequestError(f"--to {name} needs the package {module}, which is not installed: {install}")
 
 
 def need_space(out: str | Path, num_bytes: int) -> None:

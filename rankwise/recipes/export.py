@@ -19,6 +19,7 @@ from rankwise.recipes.export_gguf import GGUF, GGUF_LORA
 from rankwise.recipes.export_job import Job, Writer
 from rankwise.recipes.export_merged import MERGED
 from rankwise.recipes.export_onnx import ONNX
+from rankwise.recipes.export_tensorrt import TENSORRT
 from rankwise.recipes.fold import folded
 from rankwise.recipes.merge import find_probes
 from rankwise.recipes.target import Target, find_adapters, target_tokenizer
@@ -29,6 +30,7 @@ WRITERS: dict[str, Writer] = {
     "onnx": ONNX,
     "gguf": GGUF,
     "gguf-lora": GGUF_LORA,
+    "tensorrt": TENSORRT,
 }
 """For each of `rankwise.export.formats.FORMATS`."""
 

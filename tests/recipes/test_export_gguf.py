@@ -16,6 +16,7 @@ from rankwise.recipes.finetune import train
 from tests import tiny
 from tests.export.gguf_models import attached, bpe_tokenizer, llama, qwen3
 from tests.recipes.trained import run_document, save_model
+from tests.tiny import CHATML
 
 
 def a_run(root: Path, model=None, tokenizer=None, **data) -> Path:
@@ -79,6 +80,23 @@ def test_a_run_with_a_plain_template(tmp_path):
     assert "### User:\n{{ .Content }}" in (tmp_path / "m" / "Modelfile").read_text()
     found = gguf.GGUFReader(tmp_path / "m" / "model.gguf").fields
     assert "tokenizer.chat_template" not in found
+
+
+def test_a_template_file_is_the_files_template(tmp_path):
+    template = CHATML.replace("<|im_start|>", "<|im_start|>the ")
+    (tmp_path / "mine.jinja").write_text(template)
+    run = a_run(tmp_path, chat_template=str(tmp_path / "mine.jinja"))
+    exported(run, tmp_path / "m")
+    assert gguf.GGUFReader(tmp_path / "m" / "model.gguf").fields["tokenizer.chat_template"].contents() == template
+    assert "<|im_start|>the user\n{{ .Content }}" in (tmp_path / "m" / "Modelfile").read_text()
+
+
+def test_encoder_decoders_are_refused(tmp_path):
+    save_model(tmp_path / "model", tiny.t5())
+    model = attached(type(tiny.t5()).from_pretrained(tmp_path / "model"), task_type="SEQ_2_SEQ_LM")
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(RequestError, match=r"--to gguf holds causal language models; .* is for seq2seq; --to merged"):
+        exported(tmp_path / "adapter", tmp_path / "m")
 
 
 def test_bos_is_left_to_the_program_that_puts_it_there(tmp_path):
