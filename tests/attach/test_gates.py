@@ -11,6 +11,7 @@ import torch
 import rankwise as rw
 from rankwise.adapters.gate_config import EmbeddingConfig, GateConfig
 from rankwise.attach.attachment import adapter_layers
+from rankwise.attach.checkpoint import load_native_state, native_state
 from rankwise.attach.gates import parts_of, set_task, tasks_of, train_parts
 from rankwise.attach.inject import adapter_parameters, ranks
 from rankwise.errors import RequestError
@@ -322,3 +323,20 @@ def test_a_base_in_8_or_4_bits(storage, tmp_path):
         assert close(mixed[row], single[row], 2e-2), "8 bits round each batch of rows on its own"
         with rw.on_task(model, task):
             assert close(logits(model, ids), single, 1e-4)
+
+
+@pytest.mark.parametrize("what", ["soft", "embedding"])
+def test_the_native_state_goes_back_in_to_the_last_bit(what, folders):
+    def build():
+        if what == "soft":
+            return rw.attach_gate(tiny.llama(), folders, GateConfig("soft", per="layer"))
+        return rw.attach_embedding(tiny.llama(), folders["movies"], ["a", "b"])
+
+    model, other = disturbed(build(), 3), build()
+    load_native_state(other, {name: tensor.clone() for name, tensor in native_state(model).items()})
+    ids = tiny.token_ids(2)
+    given = {"soft": None, "embedding": "b"}[what]
+    set_task(model, given)
+    set_task(other, given)
+    assert torch.equal(logits(other, ids), logits(model, ids))
+    assert any("mixture" in name for name in native_state(model))

@@ -16,6 +16,7 @@ from rankwise.errors import RequestError
 from rankwise.recipes.fold import fold
 from tests import tiny
 from tests.attach.gate_cases import TASKS, disturbed, saved_adapters
+from tests.test_docs import check_fields
 
 GATES = {
     "soft": GateConfig("soft", temperature=0.7),
@@ -157,6 +158,8 @@ def test_the_command(folders, tmp_path, capsys):
     arguments = ["fold", str(tmp_path / "gate"), "--task", "movies", "--out", str(tmp_path / "out"), "--json"]
     assert main(arguments) == 0
     document = json.loads(capsys.readouterr().out)
+    check_fields("fold", document)
+    check_fields("fold", document["modules"][0])
     assert document["output"] == str(tmp_path / "out") and document["error"] == 0.0 and document["max_rank"] == 4
     assert main(["fold", str(tmp_path / "gate"), "--out", str(tmp_path / "other")]) == 2
     assert "choose one by --task (of movies, books, games)" in capsys.readouterr().err

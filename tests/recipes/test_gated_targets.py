@@ -26,6 +26,7 @@ from rankwise.recipes.target import find_adapter, find_target, target_tokenizer
 from rankwise.tasks.router import fit_router, inferred_tasks
 from tests.attach.gate_cases import disturbed
 from tests.recipes.trained import figures, rows, save_model, write_rows
+from tests.test_docs import check_fields
 
 TASKS = ("loud", "quiet")
 PROMPTS = {"loud": [f"SHOUT {i} NOW" for i in range(20)], "quiet": [f"whisper {i} later" for i in range(20)]}
@@ -124,6 +125,8 @@ def test_evaluating_a_gate_reports_each_adapter_the_mean_and_the_gate(made, mode
     data = made / "data.jsonl"
     found = measured(made / mode, data, task="quiet")
     expected = ["base", "task:loud", "task:quiet", "uniform", "adapter"]
+    for entry in found.values():
+        check_fields("evaluate", entry)
     assert list(found) == expected + (["inferred"] if mode == "inferred" else [])
     for task in TASKS:
         single = measured(made / task, data)["adapter"]
@@ -190,6 +193,8 @@ def test_those_who_need_one_adapter_say_so(made):
 def test_inspecting_a_gate(made, what, capsys, tmp_path):
     assert main(["inspect", str(made / what), "--json", "--picture", str(tmp_path / "map.svg")]) == 0
     document = json.loads(capsys.readouterr().out)
+    check_fields("inspect", document)
+    check_fields("inspect", document["modules"][0])
     assert document["kind"] == ("task-embeddings" if what == "vectors" else "gate")
     assert document["tasks"] == list(TASKS) and document["base"] == str(made / "model")
     layers = 14
