@@ -92,7 +92,7 @@ def draw_conflict(apart: Sequence[Apart], measured: Sequence[tuple[str, Conflict
     values = np.full((len(places.blocks), len(places.modules)), np.nan)
     for (block, module), number in places.ranks.items():
         values[places.blocks.index(block), places.modules.index(module)] = apart[number].cosine
-    width, height = max(5.0, 0.6 * len(places.modules) + 3) * 2, max(3.0, 0.25 * len(places.blocks) + 1.5)
+    width, height = max(5.0, 0.6 * len(places.modules) + 3) * 2, max(4.0, 0.25 * len(places.blocks) + 1.5)
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, 2, squeeze=False)[0]
     image = axes[0].imshow(values, aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
@@ -115,7 +115,7 @@ def _draw_over_time(axes: Any, measured: Sequence[Conflict]) -> None:
     for pair in chosen:
         axes.plot(*zip(*curves[pair], strict=True), marker="o", markersize=3, label=f"{pair[0]}, {pair[1]}")
     axes.axhline(0, color="gray", linewidth=0.8)
-    axes.set(xlabel="step", ylabel="mean cosine over layers", title="over time", ylim=(-1, 1))
+    axes.set(xlabel="step", ylabel="cosine", title="mean over layers, over time", ylim=(-1, 1))
     if chosen:
         axes.legend(fontsize="small")
     axes.grid(alpha=0.3)

@@ -42,8 +42,9 @@ from rankwise.recipes.provenance import data_hashes, provenance
 from rankwise.recipes.rank_movers import rank_mover
 from rankwise.recipes.resume import as_begun, check_length, check_settings, run_precision, training_settings
 from rankwise.recipes.run import RunConfig, StartFrom, check_task_type, with_section
+from rankwise.recipes.run_tasks import several_adapters
 from rankwise.recipes.task_run import check_same_stages
-from rankwise.recipes.task_setup import begin_tasks, tasks_of_run
+from rankwise.recipes.task_setup import begin_tasks, rehearse, tasks_of_run
 from rankwise.recipes.task_stages import TaskStages
 from rankwise.say import Say
 from rankwise.train.batches import MicroBatches
@@ -57,7 +58,7 @@ from rankwise.train.order import RowOrder
 from rankwise.train.precision import Precision
 from rankwise.train.preference import StartingAdapter
 from rankwise.train.recompute import enable_gradient_checkpointing
-from rankwise.train.rng import process_seed, seed_everything, untouched
+from rankwise.train.rng import process_seed, seed_everything
 from rankwise.train.scale import LossScale
 from rankwise.train.shares import share_state
 from rankwise.train.state import Checkpoint, restore
@@ -149,7 +150,7 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
         rehearse(model, objective, batches)  # what is found out about a model, on the plain adapter
         objective = for_tasks(objective, data.tasks, tasks.route)
         batches = MicroBatches(objective, examples, order, run.train.micro_rows, data.pad_id, packing, device)
-        begin_tasks(tasks, run, objective, data, checkpoint)
+        begin_tasks(tasks, run, batches, data, checkpoint)
         plan = tasks.run.plan(plan)
     mover = rank_mover(run, model, num_rows)
     if mover is not None and checkpoint is not None:
@@ -277,7 +278,7 @@ def _attached_model(run: RunConfig, precision: Precision, data: RunData, say: Sa
         except RequestError as error:
             raise RequestError(with_section(str(error))) from error
         _check_dropout(model, run.adapter)
-    if run.train.fused_mlp:
+    if run.train.fused_mlp and not several_adapters(run.tasks):
         fuse_mlps(model, required=run.train.fused_mlp is True)
     head = head_of(run.train, data.labels)
     need_attachment(model).head = None if head is None else head.to_dict()
@@ -300,15 +301,3 @@ def _base_name(run: RunConfig) -> str:
     """What others load the base by (PEFT's AutoPeftModel, vLLM): its folder, or its id on the Hub."""
     source = resolve(run.model.name)
     return str(Path(source).absolute()) if Path(source).is_dir() else source
-
-
-def rehearse(model: PreTrainedModel, objective: Objective, batches: MicroBatches) -> None:
-    """One forward without gradients: what can't work (packing, a row too long) shows before anything is written.
-
-    The numeric checks that the loss and the packing make of a model are done here too, once, outside of the run.
-    """
-    batch = batches.first(1)
-    if objective.count(batch):
-        with untouched(model, model.device):
-            objective.losses(model, batch)
-    objective.meter.pour({})  # no figure of the rehearsal goes into the run's

@@ -125,6 +125,13 @@ def check_tasks(run: RunConfig) -> None:
         )
 
 
+def several_adapters(tasks: TasksConfig) -> bool:
+    """Whether the run's stages need other adapters than a plain one that stays."""
+    if not tasks.data:
+        return False
+    return tasks.gate is not None or tasks.embedding is not None or [stage.kind for stage in tasks.plan] != [SHARED]
+
+
 def _check_stages(run: RunConfig) -> None:
     tasks, train = run.tasks, run.train
     if len(tasks.plan) > 1:
@@ -133,7 +140,7 @@ def _check_stages(run: RunConfig) -> None:
                 f"train.{name} ({value}) does not go with several stages, whose losses don't compare; leave it out, or "
                 "train each stage as a run of its own"
             )
-    if tasks.gate is None and tasks.embedding is None and len(tasks.plan) == 1 and tasks.plan[0].kind == SHARED:
+    if not several_adapters(tasks):
         return
     if train.sharding != "none":
         raise RequestError(

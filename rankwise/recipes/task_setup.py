@@ -27,7 +27,9 @@ from rankwise.recipes.task_conflict import STREAM, ConflictMeter
 from rankwise.recipes.task_layers import Beginning
 from rankwise.recipes.task_run import TaskRun
 from rankwise.recipes.task_stages import TaskStages
+from rankwise.train.batches import MicroBatches
 from rankwise.train.objective import Objective
+from rankwise.train.rng import untouched
 from rankwise.train.state import CHECKPOINTS, Checkpoint
 
 MOST_ROUTED = 500
@@ -61,9 +63,13 @@ def tasks_of_run(run: RunConfig, model: PreTrainedModel, data: RunData) -> TaskS
 
 
 def begin_tasks(
-    tasks: TaskStages, run: RunConfig, objective: Objective, data: RunData, checkpoint: Checkpoint | None
+    tasks: TaskStages, run: RunConfig, batches: MicroBatches, data: RunData, checkpoint: Checkpoint | None
 ) -> None:
-    """Puts the tasks where a checkpoint left them, or at the run's start."""
+    """Puts the tasks where a checkpoint left them, or at the run's start, once every stage has been tried.
+
+    Raises: RequestError for a stage that the model can't have.
+    """
+    objective = batches.objective
     rows = _rows_by_task(data)
     tasks.pad_id = data.pad_id
     tasks.prompts = {name: partial(_prompts, own, run.train.seed) for name, own in rows.items()}
@@ -75,6 +81,20 @@ def begin_tasks(
     if checkpoint is not None:
         tasks.run.restore(checkpoint.progress.tasks)
         tasks.resume()
+    else:
+        tasks.rehearse(lambda: rehearse(tasks.model, objective, batches))
+
+
+def rehearse(model: PreTrainedModel, objective: Objective, batches: MicroBatches) -> None:
+    """One forward without gradients: what can't work (packing, a row too long) shows before anything is written.
+
+    The numeric checks that the loss and the packing make of a model are done here too, once, outside of the run.
+    """
+    batch = batches.first(1)
+    if objective.count(batch):
+        with untouched(model, model.device):
+            objective.losses(model, batch)
+    objective.meter.pour({})  # no figure of the rehearsal goes into the run's
 
 
 def _rows_by_task(data: RunData) -> dict[str, TaskExamples]:

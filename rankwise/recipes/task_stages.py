@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from rankwise.adapters.gate_config import INFERRED, LEARNED, EmbeddingConfig, GateConfig
 from rankwise.attach.attachment import attachment_of
+from rankwise.attach.checkpoint import load_native_state, native_state
 from rankwise.attach.gates import Part, on_task, parts_of, set_task, train_parts
 from rankwise.attach.inject import adapter_parameters
 from rankwise.attach.targets import fits
@@ -75,6 +76,26 @@ class TaskStages:
             assert gating is not None
             return PLAIN if chosen == [] else Layout(None if chosen is None else frozenset(chosen), gating)
         return Layout(frozenset(), self._config.embedded)
+
+    def rehearse(self, forward: Callable[[], None]) -> None:
+        """Goes through the stages' adapters and calls `forward` with each: what can't be shows before anything is made.
+
+        The model is as before then.
+        """
+        if self.beginning is None:
+            return
+        saved = {name: tensor.detach().clone() for name, tensor in native_state(self.model).items()}
+        given = self._given
+        for stage in self.run.stages:
+            self._arrange(self._layout_of(stage))
+            self.run.stage = stage
+            self._train(stage)
+            forward()
+        self.run.stage = None
+        set_way(self.model, None)
+        self._arrange(PLAIN)
+        load_native_state(self.model, saved)
+        self._given = given
 
     def resume(self) -> None:
         """Gives the model the adapters that it had in the stage of a checkpoint, before its tensors are loaded."""

@@ -151,6 +151,8 @@ def test_the_best_of_a_gate_is_kept_whole(files: Path, tmp_path: Path) -> None:
         ({"gate": SOFT}, {"adapter": {"use_dora": True}}, "use_dora does not go with"),
         ({"gate": SOFT}, {"train": {"sharding": "full"}}, "train.sharding: full does not go with"),
         ({"gate": SOFT}, {"adapter": {"init_lora_weights": "pissa"}}, "can't be one of several"),
+        ({"embedding": {"per": "shared"}}, {"adapter": {"rank_pattern": {"q_proj": 3}}}, "needs one rank for all"),
+        ({"gate": SOFT}, {"adapter": {"modules_to_save": ["embed_tokens"]}}, "only where they are plain linear"),
         ({}, {"train": {"objective": "dpo"}}, "don't go with train.objective: dpo"),
         ({}, {"data": {"train": "x.jsonl"}}, "data.train and tasks.data both say"),
         ({}, {"data": {"mixing_temperature": 2}}, "use tasks.sampling"),

@@ -21,6 +21,7 @@ from tests.train.test_loop import adapted, optimizer_of, split
         ("lm_head.lora_B", ["B", "lm_head"]),
         ("model.layers.1.mlp.up_proj.magnitude", ["magnitude", "up_proj", "layer 1"]),
         ("score.weight", ["weight", "score"]),
+        ("model.layers.3.self_attn.q_proj.lora_A.1", ["A", "q_proj", "layer 3"]),
     ],
 )
 def test_parts(name: str, parts: list[str]) -> None:
