@@ -79,13 +79,13 @@ def truncated(A: Float[Tensor, "r n"], B: Float[Tensor, "o r"], rank: int) -> Tr
     training can go on from there. Where `rank` is above k (it is at most r), the rest are rows of the old A, and the
     columns of B zero: they can learn.
     """
-    A, B = A.double(), B.double()
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.T)
+    old_A = A.double()
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(old_A.T)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    size = float(torch.linalg.norm(A)) / math.sqrt(A.shape[0]) or 1.0
+    size = float(torch.linalg.norm(old_A)) / math.sqrt(A.shape[0]) or 1.0
     missing = max(rank - len(S), 0)
-    new_A = torch.cat([(Vh[:rank] @ Q_A.T) * size, A[:missing]])
+    new_A = torch.cat([(Vh[:rank] @ Q_A.T) * size, old_A[:missing]])
     new_B = F.pad((Q_B @ U[:, :rank]) * (S[:rank] / size), (0, missing))
     squares = S.square()
     return Truncated(new_A, new_B, float(squares[rank:].sum()), float(squares.sum()))

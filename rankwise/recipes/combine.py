@@ -100,6 +100,7 @@ def combine(
         found = tuned(bench, config.tune, sources, recipe, chosen, config.trials or DEFAULT_TRIALS)
         chosen = found.weights
     made = combination(sources, chosen, recipe, config.base)
+    _check_rank(config.rank, max(module.rank for module in made.modules))
     notes = [*made.notes]
     if method == "linear":
         notes.append(
@@ -202,6 +203,13 @@ def _recipe(method: str, config: CombineConfig) -> Recipe:
     density = DEFAULT_DENSITY if config.density is None and "density" in takes else config.density
     seed = DEFAULT_SEED if config.seed is None and "seed" in takes else config.seed
     return Recipe(method, config.rank, config.energy, density, seed)
+
+
+def _check_rank(asked: int | None, most: int) -> None:
+    if asked is not None and asked > most:
+        raise RequestError(
+            f"--rank {asked} has no effect: the sum has a rank of {most} at most; ask for less, or use --method sum"
+        )
 
 
 def _check_out(out: str) -> None:

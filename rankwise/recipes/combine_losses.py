@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, minimize
+from scipy.optimize import minimize
 
 from rankwise.attach.checkpoint import HEAD_FILE, load_adapter, set_tensors
 from rankwise.attach.inject import disabled
@@ -26,6 +26,7 @@ from rankwise.data.example import Example
 from rankwise.data.loader import load_examples
 from rankwise.errors import RequestError
 from rankwise.evaluate.perplexity import measure_loss
+from rankwise.models.load import new_modules
 from rankwise.recipes.adapter_files import write_adapter
 from rankwise.recipes.combine_layers import Recipe, fields_of, most_ranks, tensors_at
 from rankwise.recipes.combine_sources import Source, combined_whole
@@ -133,12 +134,18 @@ class Bench:
             found.append(self.read_task(Path(source.name).name, file, target))
         return found
 
-    def loss(self, task: Task) -> float:
+    def loss(self, task: Task, shows_bar: bool = True) -> float:
         """The loss of the model as it is."""
         pad_id = self.tokenizer.pad_token_id
         assert isinstance(pad_id, int), "load_tokenizer gives every tokenizer a pad token"
         found = measure_loss(
-            self.model, task.objective, task.examples, pad_id, self._batch_size, task.packing, self.progress
+            self.model,
+            task.objective,
+            task.examples,
+            pad_id,
+            self._batch_size,
+            task.packing,
+            self.progress and shows_bar,
         )
         return found.loss
 
@@ -152,6 +159,8 @@ class Bench:
 
         `lost`: how much more that is than the lowest of the adapters'.
         """
+        if new_modules(self.model):
+            print("note: the base has no head of its own: its losses are of an untrained one", file=sys.stderr)
         with disabled(self.model):
             of_base = [self.loss(task) for task in tasks]
         of_each = [self.losses(tasks, source.folder) for source in self._sources]
@@ -189,7 +198,7 @@ def tuned(
         key = tuple(float(weight) for weight in weights)
         if key not in losses:
             set_weights(key)
-            losses[key] = bench.loss(task)
+            losses[key] = bench.loss(task, shows_bar=False)
             if bench.progress:
                 shown = " ".join(f"{weight:.3f}" for weight in key)
                 print(f"trial {len(losses)}: loss {losses[key]:.4f} with {shown}", file=sys.stderr)
@@ -198,7 +207,7 @@ def tuned(
     before = loss(start)
     averages = bool(combined_whole(sources, [1.0] * len(sources))[1])
     low = LEAST_SHARE if averages else -LARGEST_WEIGHT
-    bounds = Bounds([min(low, weight) for weight in start], [max(LARGEST_WEIGHT, weight) for weight in start])
+    bounds = [(min(low, weight), max(LARGEST_WEIGHT, weight)) for weight in start]
     if trials > 1:
         minimize(
             loss, np.array(start), method="COBYQA", bounds=bounds,

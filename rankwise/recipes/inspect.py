@@ -95,6 +95,8 @@ def factors(tensors: Mapping[str, Tensor], where: str) -> dict[str, tuple[Tensor
                 if module + end_b not in tensors:
                     raise RequestError(f"'{where}' has '{key}' without its '{end_b.lstrip('.')}'")
                 found[module] = (tensors[key], tensors[module + end_b])
+            if key.endswith(end_b) and key.removesuffix(end_b) + end_a not in tensors:
+                raise RequestError(f"'{where}' has '{key}' without its '{end_a.lstrip('.')}'")
     if not found:
         raise RequestError(f"'{where}' holds no low-rank factors")
     return found

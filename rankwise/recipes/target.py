@@ -204,15 +204,21 @@ def find_adapters(name: str, base: str | None = None, device: str = "auto", task
 def adapter_folder(name: str) -> Path:
     """The adapter in a run folder, or the folder itself; for those who need its files and no base.
 
-    Raises: RequestError for a folder that is not there, and a run without an adapter yet.
+    Raises: RequestError for a folder that is not there, a run without an adapter yet, and several adapters under a
+        gate.
     """
     folder = Path(name).expanduser()
     if not folder.exists():
         raise RequestError(f"there is no run or adapter folder '{name}'{_near(folder)}")
-    if not (folder / RUN_FILE).is_file():
-        return folder
-    _need_adapter(name, folder)
-    return folder / ADAPTER
+    if (folder / RUN_FILE).is_file():
+        _need_adapter(name, folder)
+        folder = folder / ADAPTER
+    if is_gate_folder(folder):
+        raise RequestError(
+            f"'{name}' holds several adapters under a gate: fold them into one by `rankwise fold {name} --out DIR` "
+            "first, or give the folder of one"
+        )
+    return folder
 
 
 def _check_name(name: str) -> None:

@@ -262,6 +262,7 @@ def test_what_only_one_holds_is_taken_and_said(tmp_path, capsys):
         ("svd", None, {"density": 0.5}, "--density 0.5 has no effect on --method svd; .* use ties, dare_linear"),
         ("ties", None, {"seed": 1}, "--seed 1 has no effect on --method ties; leave it out, or use dare_linear"),
         ("svd", None, {"rank": 2, "energy": 0.5}, "give --rank or --energy, one of them"),
+        ("svd", None, {"rank": 9}, "--rank 9 has no effect: the sum has a rank of 8 at most; .* use --method sum"),
         ("svd", None, {"rank": 0}, "--rank must be a whole number from 1, not 0"),
         ("svd", None, {"energy": 0.0}, "--energy must be above 0 and at most 1, not 0"),
         ("ties", None, {"density": 1.5}, "--density must be above 0 and at most 1, not 1.5"),
@@ -290,6 +291,8 @@ def test_folders_that_cannot_be_read_or_written(pair, tmp_path):
     a, b = pair("plain")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
+    (tmp_path / "gate").mkdir()
+    (tmp_path / "gate" / "tasks.json").write_text("{}")
     shutil.copytree(a, tmp_path / "torn")
     torn = tmp_path / "torn" / "adapter_model.safetensors"
     torn.write_bytes(torn.read_bytes()[:200])
@@ -299,6 +302,7 @@ def test_folders_that_cannot_be_read_or_written(pair, tmp_path):
         ([a, str(tmp_path / "nope")], "out", "there is no run or adapter folder"),
         ([a, str(tmp_path / "empty")], "out", "is not an adapter"),
         ([a, str(tmp_path / "torn")], "out", "torn"),
+        ([a, str(tmp_path / "gate")], "out", "holds several adapters under a gate: fold them into one by"),
     ]
     for names, out, message in cases:
         with pytest.raises(RequestError, match=message):

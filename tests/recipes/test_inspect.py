@@ -109,10 +109,11 @@ def test_what_is_no_adapter(tmp_path):
     adapter(tmp_path / "a", tiny.llama())
     path = tmp_path / "a" / "adapter_model.safetensors"
     tensors = load_file(path)
-    tensors.pop(next(name for name in tensors if name.endswith("lora_B.weight")))
-    save_file(tensors, path)
-    with pytest.raises(RequestError, match=r"without its 'lora_B.weight'"):
-        inspect_adapter(str(tmp_path / "a"))
+    for missing in ("lora_A.weight", "lora_B.weight"):
+        gone = next(name for name in tensors if name.endswith(missing))
+        save_file({name: tensor for name, tensor in tensors.items() if name != gone}, path)
+        with pytest.raises(RequestError, match=rf"without its '{missing}'"):
+            inspect_adapter(str(tmp_path / "a"))
     path.write_bytes(b"torn")
     with pytest.raises(RequestError, match="torn or not a safetensors file"):
         inspect_adapter(str(tmp_path / "a"))
