@@ -85,8 +85,8 @@ class TaskRun:
         """
         self.losses = dict(losses)
         stage = stage_at(self.stages, step)
-        if step == stage.last and stage.kind == SINGLE and not self.references:
-            self.references = {name: losses[name] for name in stage.tasks}
+        if step == stage.last and stage.kind == SINGLE and stage.index == 0:
+            self.references = {name: losses[name] for name in stage.tasks} | self.references
         figures: dict[str, Any] = {"valid_loss_mean": mean(losses), "valid_loss_worst": max(losses.values())}
         if self.config.drawn.by == BEHIND and step < stage.last:
             self._redraw(step + 1)

@@ -144,6 +144,8 @@ class TaskStages:
 
     def _isolate(self, stage: Stage, say: Say, note: Callable[[Conflict], None]) -> None:
         assert self.measure is not None
+        if self._given is not None:
+            self._arrange(self._layout_of(stage))  # of the adapters that the tasks begin with
         found = self.measure(stage.first)
         note(found)
         apart = furthest([found])

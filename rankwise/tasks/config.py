@@ -313,8 +313,10 @@ class TasksConfig:
         sampling = self.drawn
         if sampling.references is not None:
             self._check_known(sampling.references, "tasks.sampling.references")
-        if sampling.by == BEHIND and self.plan[0].kind != SINGLE:
-            missing = [name for name in self.data if name not in (sampling.references or {})]
+        if sampling.by == BEHIND:
+            first = self.plan[0]
+            measured = (first.tasks or self.names) if first.kind == SINGLE else ()
+            missing = [name for name in self.data if name not in (sampling.references or {}) and name not in measured]
             if missing:
                 raise RequestError(
                     f"tasks.sampling.by behind needs the validation loss of each task's single adapter: "
@@ -336,6 +338,11 @@ class TasksConfig:
         if sum(stage.steps is None and stage.epochs is None for stage in plan) > 1:
             raise RequestError(
                 "tasks.stages: only one stage may say nothing of its length; give the others steps or epochs"
+            )
+        unseen = [name for name in self.data if all(name not in (stage.tasks or self.names) for stage in plan)]
+        if unseen:
+            raise RequestError(
+                f"tasks.stages: no stage trains on task '{unseen[0]}'; name it in one, or leave it out of tasks.data"
             )
         if self.replay is None:
             return

@@ -61,7 +61,8 @@ def test_single_adapters_give_the_references(files: Path, tmp_path: Path) -> Non
 
 
 def test_replay_draws_from_earlier_tasks(files: Path, tmp_path: Path) -> None:
-    stages = [{"kind": "shared", "steps": 5, "tasks": ["backwards"]}, {"kind": "shared", "tasks": ["capitals"]}]
+    second = {"kind": "shared", "tasks": ["capitals", "doubled"]}
+    stages = [{"kind": "shared", "steps": 5, "tasks": ["backwards"]}, second]
     run = read_run(task_run(files, tmp_path / "out", {"stages": stages, "replay": 0.25}, **QUICK))
     job = prepare(run, None, silent)
     assert job.tasks is not None
@@ -72,7 +73,8 @@ def test_replay_draws_from_earlier_tasks(files: Path, tmp_path: Path) -> None:
         drawn[stage.name] = [sum(job.tasks.run.order.task(row) == number for row in rows) for number in range(3)]
     assert drawn["1 shared"] == [0, 30, 0]
     replayed = drawn["2 shared"]
-    assert replayed[2] == 0 and abs(replayed[1] - 0.25 * 42) <= 1 and sum(replayed) == 42
+    wanted = [0.75 * 42 * 14 / 19, 0.25 * 42, 0.75 * 42 * 5 / 19]
+    assert sum(replayed) == 42 and all(abs(n - share) <= 1 for n, share in zip(replayed, wanted, strict=True))
 
 
 def test_a_gate_that_infers_learns_to(files: Path, tmp_path: Path) -> None:
@@ -86,6 +88,14 @@ def test_a_gate_that_infers_learns_to(files: Path, tmp_path: Path) -> None:
     run["tasks"]["data"]["doubled"]["train"] = str(tmp_path / "one.jsonl")
     with pytest.raises(RequestError, match="'doubled' has one row"):
         train(run, quiet=True)
+
+
+def test_single_adapters_then_one_for_all_without_a_gate(files: Path, tmp_path: Path) -> None:
+    stages = [{"kind": "single", "steps": 6}, {"kind": "shared"}]
+    summary = train(task_run(files, tmp_path / "out", {"stages": stages, "conflict_every": 6}, **QUICK), quiet=True)
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
+    assert not (tmp_path / "out" / "adapter" / "tasks.json").exists()
+    assert [stage["stage"] for stage in summary["tasks"]["stages"]] == ["1 single", "2 shared"]
 
 
 # --- from one stage to the next ------------------------------------------------------------------------------------

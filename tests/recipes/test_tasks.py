@@ -232,6 +232,23 @@ def test_a_gate_over_trained_adapters(files: Path, singles: dict[str, Path], tmp
     same(tmp_path / "out", tmp_path / "again")
 
 
+@pytest.mark.slow
+def test_going_on_with_adapters_that_were_there(files: Path, singles: dict[str, Path], tmp_path: Path) -> None:
+    adapters = {name: str(folder / "adapter") for name, folder in singles.items()}
+    stages = [{"kind": "joint", "steps": 6}, {"kind": "shared"}]
+    tasks = {"gate": SOFT, "adapters": adapters, "isolate": "auto", "isolate_below": 0.3, "stages": stages}
+    for name, steps in (("straight", ()), ("stopped", (2, 6, 8))):
+        run = task_run(files, tmp_path / name, tasks)
+        del run["adapter"]
+        for number, step in enumerate(steps):
+            with pytest.raises(Interrupted):
+                train(run, on_step=interrupting(step), resume=number > 0, quiet=True)
+        train(run, resume=bool(steps), quiet=True)
+    same(tmp_path / "straight", tmp_path / "stopped")
+    line = json.loads((tmp_path / "straight" / "conflict.jsonl").read_text().splitlines()[0])
+    assert line["step"] == 1
+
+
 def test_adapters_of_another_base_or_other_layers(files: Path, singles: dict[str, Path], tmp_path: Path) -> None:
     adapters = {name: str(folder / "adapter") for name, folder in singles.items()}
     run = task_run(files, tmp_path / "out", {"gate": SOFT, "adapters": adapters})

@@ -13,6 +13,7 @@ from rankwise.tasks.config import TasksConfig, earlier_tasks
 DATA = {"movies": {"train": "m.jsonl", "valid": "mv.jsonl"}, "books": {"train": ["b.jsonl"], "valid": "bv.jsonl"}}
 SOFT = {"mode": "soft", "per": "layer"}
 THREE = [{"kind": "single", "steps": 4}, {"kind": "joint", "steps": 4}, {"kind": "shared"}]
+SOME_FIRST = [{"kind": "single", "tasks": ["movies"]}, {"kind": "shared", "steps": 1}]
 
 
 def tasks(**settings: Any) -> TasksConfig:
@@ -84,6 +85,9 @@ def test_tasks_of_earlier_stages() -> None:
         ({"stages": [{"kind": "joint", "train": ["gate"]}], "gate": {"mode": "hard"}}, "learns no mixture"),
         ({"stages": [{"kind": "shared", "tasks": ["film"]}]}, "no task 'film'"),
         ({"stages": [{"kind": "shared", "lr": 0}]}, "more than 0"),
+        ({"stages": [{"kind": "shared", "tasks": ["movies"]}]}, "no stage trains on task 'books'"),
+        ({"sampling": {"by": "behind"}, "stages": SOME_FIRST},
+         "references has none for 'books'"),
         ({"isolate": "auto"}, "without a joint stage"),
         ({"isolate": "some", "gate": SOFT}, "give auto"),
         ({"isolate": [], "gate": SOFT}, "empty"),
