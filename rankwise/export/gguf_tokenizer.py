@@ -61,6 +61,7 @@ class Vocabulary:
         adds_space: whether a space is put before a text, for `llama`.
         chat_template: Jinja, or None.
         num_padded: how many rows have no token.
+        notes: what llama.cpp is known to cut otherwise.
         normalises: whether the tokenizer brings texts into Unicode's NFC first, which llama.cpp does not.
     """
 
@@ -77,6 +78,7 @@ class Vocabulary:
     chat_template: str | None = None
     num_padded: int = 0
     normalises: bool = False
+    notes: Sequence[str] = ()
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, num_rows: int, chat_template: str | None) -> Vocabulary:
@@ -102,6 +104,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, num_rows: int, chat_templa
         "llama" if by_pieces else "gpt2", pre, tokens, types, merges, _special(tokenizer), add_bos, add_eos,
         scores=_scores(tokens, merges) if by_pieces else (), adds_space=by_pieces and adds_space(document),
         chat_template=chat_template, num_padded=num_padded, normalises="NFC" in parts_of(document),
+        notes=_notes(document, pre),
     )  # fmt: skip
 
 
@@ -201,6 +204,18 @@ def _cut(step: Mapping[str, Any]) -> str:
     if kind == "Split" and "Regex" in step["pattern"] and step["behavior"] == "Isolated" and not step["invert"]:
         return f"split {step['pattern']['Regex']}"
     return f"pre-tokenizer {json.dumps(step)}"
+
+
+def _notes(document: Mapping[str, Any], pre: str) -> list[str]:
+    """Texts that llama.cpp is known to cut otherwise (seen with llama-cpp-python 0.3.36)."""
+    notes = []
+    if "NFC" in parts_of(document):
+        notes.append("the tokenizer brings texts into Unicode's NFC, which llama.cpp does not: give it such texts")
+    if pre == "tekken":
+        notes.append("llama.cpp cuts letters with separate combining marks otherwise: give it texts in Unicode's NFC")
+    if any(step["type"] == "Metaspace" for step in _flat(document.get("pre_tokenizer"), "pretokenizers")):
+        notes.append("llama.cpp puts a space before a text that begins with one, which the tokenizer does not")
+    return notes
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

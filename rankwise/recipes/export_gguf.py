@@ -94,8 +94,7 @@ def write_model(job: Job, folder: Path) -> Sequence[Row]:
     kinds = ", ".join(f"{count} {kind}" for kind, count in written.types.items())
     notes = ["read back by transformers; not run in llama.cpp", f"tensors: {kinds}", *notes_of(model.config)]
     notes.append(write_modelfile(job, folder, model, f"./{MODEL}"))
-    if told.normalises:
-        notes.append("the tokenizer brings texts into Unicode's NFC, which llama.cpp does not: give it such texts")
+    notes.extend(told.notes)
     if told.num_padded:
         notes.append(f"{told.num_padded} rows of the embedding have no token")
     row = compared_row(

@@ -66,8 +66,11 @@ def bpe_tokenizer(kind: str = "smollm", chat_template: str | None = CHATML) -> P
     return fast
 
 
-def piece_tokenizer() -> PreTrainedTokenizerFast:
-    """BPE in SentencePiece's way: ▁ for spaces, bytes for letters that are not known, <s> before a text."""
+def piece_tokenizer(prepends: bool = False) -> PreTrainedTokenizerFast:
+    """BPE in SentencePiece's way: ▁ for spaces, bytes for letters that are not known, <s> before a text.
+
+    With `prepends` a ▁ is put before every text, as Llama 2's own file does; else where none is there.
+    """
     special = ["<unk>", "<s>", "</s>"]
     letters = sorted(
         {letter for text in CORPUS for letter in text if letter.isascii() and letter.isprintable()} | {"▁"}
@@ -84,7 +87,10 @@ def piece_tokenizer() -> PreTrainedTokenizerFast:
     names = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     vocab = {name: index for index, name in enumerate(names)}
     tokenizer = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.pre_tokenizer = spaces
+    if prepends:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = spaces
     tokenizer.add_special_tokens(special)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

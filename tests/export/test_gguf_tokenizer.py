@@ -55,6 +55,21 @@ def test_pieces():
     )
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "note"),
+    [
+        (bpe_tokenizer("qwen2"), "NFC, which llama.cpp does not"),
+        (bpe_tokenizer("tekken"), "combining marks"),
+        (piece_tokenizer(), "a text that begins with one"),
+    ],
+)
+def test_what_llama_cpp_cuts_otherwise_is_noted(tokenizer, note):
+    [found] = vocabulary_of(tokenizer, ROWS, None).notes
+    assert note in found
+    assert vocabulary_of(bpe_tokenizer("smollm"), ROWS, None).notes == []
+    assert vocabulary_of(piece_tokenizer(prepends=True), ROWS, None).notes == []
+
+
 def test_more_tokens_than_rows():
     with pytest.raises(
         RequestError, match=r"has a token 'rankwise' of id \d+, and the model's embedding 300 rows; res"

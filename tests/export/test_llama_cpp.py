@@ -72,6 +72,7 @@ def test_an_adapter_by_path(family, fields, tmp_path):
 
 
 TOKENIZERS = {**{kind: (lambda kind=kind: bpe_tokenizer(kind)) for kind in CUTTERS}, "pieces": piece_tokenizer}
+TOKENIZERS["pieces-prepended"] = lambda: piece_tokenizer(prepends=True)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -79,11 +80,11 @@ def test_texts_are_cut_as_the_tokenizer_cuts_them(kind, tmp_path):
     """That the name of the pre-tokeniser means the same there."""
     tokenizer = TOKENIZERS[kind]()
     runner = loaded(written(llama(), tmp_path / "m.gguf", tokenizer=tokenizer))
-    special = [f"a{token}\nb" for token in tokenizer.all_special_tokens] if kind != "pieces" else []
+    special = [f"a{token}\nb" for token in tokenizer.all_special_tokens] if "pieces" not in kind else []
     wrong = []
     for text in (*HARD_TEXTS, *special):
-        if kind == "qwen2" and "\u0301" in text:
-            continue  # llama.cpp does not bring texts into NFC
+        if (kind in ("qwen2", "tekken") and "\u0301" in text) or (kind == "pieces" and text.startswith(" ")):
+            continue  # what `Vocabulary.notes` says
         wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
         found = runner.tokenize(text.encode(), add_bos=False, special=True)
         if found != wanted:
