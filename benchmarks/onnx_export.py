@@ -21,7 +21,7 @@ from measure import header, interleaved, ratio, settings_of
 
 import rankwise as rw
 from rankwise.export.onnx_runtime import OnnxModel
-from rankwise.export.onnx_verify import onnx_steps, torch_steps, written
+from rankwise.export.onnx_verify import onnx_prefill, onnx_steps, torch_prefill, torch_steps, written
 from rankwise.export.report import size_of
 from rankwise.export.same_text import same_text
 from rankwise.models.config import ModelConfig
@@ -105,7 +105,7 @@ def main() -> None:
     """Exports, measures, prints; appends to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", required=True)
-    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--prompts", type=int, default=20, help="continued by each adapter; 0 leaves that out")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
@@ -140,8 +140,8 @@ def main() -> None:
             **{name: onnx_steps(model, prompt, 8, None) for name, model in models.items()},
         },
         "prefill, 256 tokens": {
-            "torch fp32": torch_steps(torch_model, long, 1),
-            **{name: onnx_steps(model, long, 1, None) for name, model in models.items()},
+            "torch fp32": torch_prefill(torch_model, long),
+            **{name: onnx_prefill(model, long, None) for name, model in models.items()},
         },
     }.items():
         times = interleaved(variants, options.rounds)
@@ -151,7 +151,8 @@ def main() -> None:
                     found = ratio(times, name, reference, clock=1)
                     rows.append({"what": f"{what}: {name} / {reference}, wall", **found})
                     print(rows[-1], flush=True)
-    rows += texts(models["onnx fp32"], root, options.prompts, options.tokens)
+    if options.prompts:
+        rows += texts(models["onnx fp32"], root, options.prompts, options.tokens)
     head = header(**settings_of("onnx_export", options))
     print(json.dumps(head))
     for row in rows:

@@ -33,7 +33,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rankwise.errors import RequestError
 from rankwise.export.onnx_layers import copy_layers, cut_to_traced, equal_layers
-from rankwise.export.onnx_slots import AdapterTensors, Slot, slotted
+from rankwise.export.onnx_slots import AdapterTensors, Slot, default_tensors, evened_out, slotted
 from rankwise.models.probing import takes
 from rankwise.models.quiet import quietly
 
@@ -46,10 +46,11 @@ ROWS, NEW, PAST, POSITIONS, RANK = 2, 3, 5, 4, 6
 
 @dataclass(frozen=True)
 class Traced:
-    """A graph, and the names of its adapter inputs."""
+    """A graph, the names of its adapter inputs, and what they hold where no adapter is active."""
 
     model: ModelProto
     adapter_inputs: list[str]
+    defaults: dict[str, Tensor]
 
 
 @final
@@ -155,21 +156,33 @@ def _place(model: nn.Module, name: str) -> str:
 def export_graph(model: PreTrainedModel, task: str, adapters: Sequence[AdapterTensors], folder: Path) -> Traced:
     """The plain fp32 `model` with inputs for `adapters` as an ONNX graph in memory; `folder` is for passing files.
 
-    The adapter inputs have no defaults yet: see `onnx_defaults.add_defaults`.
+    The adapter inputs have no defaults in it yet: see `onnx_defaults.add_defaults`.
 
     Raises: RequestError for a model that can't be traced.
     """
+    if (stack := equal_layers(model)) is not None:
+        adapters = [*adapters, evened_out(dict(model.named_modules()), stack.name, stack.size, adapters)]
     with slotted(model, adapters, RANK) as names, _written_out(model):
-        stack = equal_layers(model)
-        places = {_place(model, name): name for name in names}
-        if stack is not None:
-            tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-            with cut_to_traced(model, stack):
-                there = {place: name for place, name in places.items() if _is_there(model, place)}
-                proto = _trace(model, task, there, folder)
-            if copy_layers(proto.graph, stack, tensors, ROOT):
-                return Traced(_stripped(proto), names)
-        return Traced(_stripped(_trace(model, task, places, folder)), names)
+        proto = _copied(model, task, names, folder) or _trace(model, task, _places(model, names), folder)
+    return Traced(_stripped(proto), names, default_tensors(model, names, adapters))
+
+
+def _places(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Inputs' names by where the slotted model has those tensors."""
+    return {_place(model, name): name for name in names}
+
+
+def _copied(model: PreTrainedModel, task: str, names: Sequence[str], folder: Path) -> ModelProto | None:
+    """The graph from a trace of a few layers; None where that can't be."""
+    stack = equal_layers(model)
+    if stack is None:
+        return None
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    places = _places(model, names)
+    with cut_to_traced(model, stack):
+        there = {place: name for place, name in places.items() if _is_there(model, place)}
+        proto = _trace(model, task, there, folder)
+    return proto if copy_layers(proto.graph, stack, tensors, ROOT) else None
 
 
 def _is_there(model: nn.Module, place: str) -> bool:

@@ -78,6 +78,23 @@ def read_adapter(model: PreTrainedModel, name: str) -> AdapterTensors:
     return AdapterTensors(factors, whole)
 
 
+def evened_out(names: Iterable[str], stack: str, size: int, adapters: Sequence[AdapterTensors]) -> AdapterTensors:
+    """Factors of rank 0 wherever some of the `size` layers of `stack` are adapted and others not.
+
+    So that all layers of the graph are built alike. `names`: of the model's modules.
+    """
+    there, factors = set(names), dict[str, tuple[Tensor, Tensor]]()
+    adapted = {name: pair for adapter in adapters for name, pair in adapter.factors.items()}
+    for name, (down, up) in adapted.items():
+        number, _, rest = name.removeprefix(f"{stack}.").partition(".")
+        if not name.startswith(f"{stack}.") or not number.isdigit():
+            continue
+        for other in (f"{stack}.{place}.{rest}" for place in range(size)):
+            if other not in adapted and other in there:
+                factors[other] = torch.zeros(down.shape[0], 0), torch.zeros(0, up.shape[1])
+    return AdapterTensors(factors, {})
+
+
 def _factors(layer: AdapterLayer, where: str) -> tuple[Tensor, Tensor]:
     """Raises: RequestError for a layer whose change is not B A with a scale."""
     low_rank = None if isinstance(layer, TokenRows) else layer.low_rank()

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from rankwise.export.certificate import EMBEDDING_TEMPERATURE, Difference, compare
+from rankwise.export.onnx_graph import filled_cache
 from rankwise.export.onnx_runtime import Decoding, OnnxModel
 from rankwise.models.labels import MULTI
 from rankwise.models.probing import takes, undisturbed
@@ -78,13 +80,16 @@ def written(
 
 
 def torch_steps(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> Callable[[], None]:
-    """A function that decodes `num_tokens` greedily behind `prompt`, through torch's own cache."""
+    """A function that decodes `num_tokens` greedily behind `prompt`, which torch's own cache holds already."""
     argument = "cache" if takes(model, "cache") else "past_key_values"
+    begun: Any = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=torch.tensor([list(prompt[:-1])]), use_cache=True, **{argument: begun})
+    past = [tensor for layer in begun.layers for tensor in (layer.keys, layer.values)]
 
     @torch.no_grad()
     def run() -> None:
-        cache: Any = DynamicCache(config=model.config)
-        ids = torch.tensor([list(prompt)])
+        cache, ids = filled_cache(past), torch.tensor([[prompt[-1]]])
         for _ in range(num_tokens):
             logits = model(input_ids=ids, use_cache=True, **{argument: cache}).logits
             ids = logits[:, -1:].argmax(-1)
@@ -94,11 +99,34 @@ def torch_steps(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) 
 
 def onnx_steps(export: OnnxModel, prompt: Sequence[int], num_tokens: int, adapter: str | None) -> Callable[[], None]:
     """The same through the export."""
+    row = np.array([list(prompt)], np.int64)
+    _, begun = export.step(row[:, :-1], np.ones_like(row[:, :-1]), export.empty_cache(1), adapter)
 
     def run() -> None:
-        written(export, [prompt], adapter, num_tokens)
+        cache, ids = begun, row[:, -1:]
+        for place in range(num_tokens):
+            mask = np.ones((1, len(prompt) + place), np.int64)
+            logits, cache = export.step(ids, mask, cache, adapter)
+            ids = logits[:, -1:].argmax(-1)
 
     return run
+
+
+def torch_prefill(model: PreTrainedModel, prompt: Sequence[int]) -> Callable[[], None]:
+    """A function that reads `prompt` and gives the logits behind it."""
+    more = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+
+    @torch.no_grad()
+    def run() -> None:
+        model(input_ids=torch.tensor([list(prompt)]), use_cache=True, **more)
+
+    return run
+
+
+def onnx_prefill(export: OnnxModel, prompt: Sequence[int], adapter: str | None) -> Callable[[], None]:
+    """The same through the export."""
+    row = np.array([list(prompt)], np.int64)
+    return lambda: export.step(row, np.ones_like(row), export.empty_cache(1), adapter) and None
 
 
 def paired_ratio(first: Callable[[], None], second: Callable[[], None], rounds: int) -> float:

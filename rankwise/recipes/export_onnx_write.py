@@ -41,7 +41,7 @@ from rankwise.export.onnx_graph import CAUSAL, export_graph
 from rankwise.export.onnx_quantise import FULL, HEAD_KIND, MAX_KL, Graph, find_linears, quantise
 from rankwise.export.onnx_runtime import OnnxModel, session_of
 from rankwise.export.onnx_sensitivity import blame, leave_out
-from rankwise.export.onnx_slots import AdapterTensors, base_sha256, default_tensors, read_adapter
+from rankwise.export.onnx_slots import AdapterTensors, base_sha256, read_adapter
 from rankwise.export.onnx_verify import (
     compare_by_token,
     onnx_logits,
@@ -130,10 +130,7 @@ def _write_graph(
     """Traces, quantises, gives defaults, writes. `probes`: token ids, and torch's logits with the first adapter."""
     task = job.target.needs.task
     traced = export_graph(model, task, list(adapters.values()), folder)
-    defaults = {
-        name: tensor.numpy()
-        for name, tensor in default_tensors(model, traced.adapter_inputs, adapters.values()).items()
-    }
+    defaults = {name: tensor.numpy() for name, tensor in traced.defaults.items()}
     if precision == "fp32":
         add_defaults(traced.model, defaults)
         check_inputs(traced.model, traced.adapter_inputs)
@@ -260,13 +257,12 @@ def _write_beside(
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         job.tokenizer.save_pretrained(folder)
-    is_causal = job.target.needs.task == CAUSAL
     manifest = Manifest(
         task=job.target.needs.task, base=job.target.model.name, base_sha256=sha256, precision=precision,
         is_merged=bool(job.settings["merged"]),
         files=describe_files(folder, [name for name in (GRAPH_FILE, WEIGHTS_FILE) if (folder / name).exists()]),
         adapters=entries, chat_template=template, layout=job.target.needs.layout,
-        pooling=None if is_causal else ((head.pooling if head is not None else None) or DEFAULT_POOLING),
+        pooling=_pooling(job),
         labels=None if head is None or head.labels is None else list(head.labels.names),
         max_positions=num_positions(model),
     )  # fmt: skip
@@ -277,6 +273,14 @@ def _write_beside(
         entries[name] = AdapterEntry(file, sha256_file(folder / file), min(ranks), max(ranks))
     write_manifest(folder, manifest)
     return manifest
+
+
+def _pooling(job: Job) -> str | None:
+    """Of an embedding model."""
+    if job.target.needs.task != "encoder":
+        return None
+    head = target_head(job.target)
+    return DEFAULT_POOLING if head is None or head.pooling is None else head.pooling
 
 
 # --- the comparison ------------------------------------------------------------------------------------------------

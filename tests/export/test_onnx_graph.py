@@ -20,7 +20,7 @@ from rankwise.export.onnx_graph import export_graph
 from rankwise.export.onnx_layers import TRACED, equal_layers
 from rankwise.export.onnx_quantise import FULL, INT4, INT8, Graph, find_linears, quantise, quantise_rows
 from rankwise.export.onnx_runtime import session_of
-from rankwise.export.onnx_slots import AdapterTensors, base_sha256, default_tensors, read_adapter
+from rankwise.export.onnx_slots import AdapterTensors, base_sha256, evened_out, read_adapter
 from tests import tiny
 
 IDS = tiny.token_ids(2, 9)
@@ -50,14 +50,14 @@ class Exported:
         self.adapters: dict[str, AdapterTensors] = {}
         self.wanted: dict[str, np.ndarray] = {}
         for name, rank, targets in (("one", 1, "all-linear"), ("five", 5, ["q_proj", "down_proj"])):
-            attached(self.model, seed=rank, r=rank, target_modules=targets)
+            only = {"layers_to_transform": [0, 4]} if name == "five" else {}
+            attached(self.model, seed=rank, r=rank, target_modules=targets, **only)
             self.adapters[name], self.wanted[name] = read_adapter(self.model, name), logits(self.model)
             rw.detach(self.model)
         self.traced = export_graph(self.model, "causal-lm", list(self.adapters.values()), root)
         self.plain = root / "plain.onnx"
         save_graph(self.traced.model, self.plain)
-        tensors = default_tensors(self.model, self.traced.adapter_inputs, self.adapters.values())
-        self.defaults = {name: tensor.numpy() for name, tensor in tensors.items()}
+        self.defaults = {name: tensor.numpy() for name, tensor in self.traced.defaults.items()}
         self.file = root / "model.onnx"
         add_defaults(self.traced.model, self.defaults)
         save_graph(self.traced.model, self.file)
@@ -108,7 +108,7 @@ def test_without_an_adapter_it_is_the_base(exported):
 
 @pytest.mark.parametrize("name", ["one", "five"])
 def test_an_adapter_file_of_any_rank_is_the_adapter(exported, name):
-    """`one` is on every layer, `five` on two kinds: the others stay at rank 0."""
+    """`one` is on every layer, `five` on two kinds in two layers: the others stay at rank 0."""
     found = first(exported.session, exported.with_adapters(name))
     assert np.abs(found - exported.wanted[name]).max() < 2e-5
     assert np.abs(exported.wanted[name] - exported.base).max() > 0.1
@@ -274,10 +274,17 @@ def test_other_families(family, tmp_path):
     adapter, wanted = read_adapter(model, family), logits(model)
     rw.detach(model)
     traced = export_graph(model, "causal-lm", [adapter], tmp_path)
-    tensors = default_tensors(model, traced.adapter_inputs, [adapter])
-    add_defaults(traced.model, {name: tensor.numpy() for name, tensor in tensors.items()})
+    add_defaults(traced.model, {name: tensor.numpy() for name, tensor in traced.defaults.items()})
     save_graph(traced.model, tmp_path / "model.onnx")
     session = session_of(tmp_path / "model.onnx", 1)
     assert np.abs(first(session) - base).max() < 2e-5
     given = {name: tensor.numpy() for name, tensor in adapter.named().items()}
     assert np.abs(first(session, **given) - wanted).max() < 2e-5
+
+
+def test_layers_that_some_adapters_leave_out_are_evened_out():
+    pair = torch.zeros(32, 2), torch.zeros(2, 48)
+    adapter = AdapterTensors({"model.layers.1.mlp.up_proj": pair, "lm_head": pair}, {})
+    names = [f"model.layers.{number}.mlp.up_proj" for number in range(4)]
+    found = evened_out([*names, "lm_head"], "model.layers", 4, [adapter])
+    assert list(found.factors) == [names[0], names[2], names[3]] and set(found.ranks) == {0}
