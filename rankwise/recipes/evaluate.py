@@ -209,16 +209,19 @@ def _of_head(target: Target, config: EvaluateConfig, progress: bool) -> dict[str
 
 
 def data_file(target: Target, given: str | None) -> str | list[str]:
-    """The file asked for, else the run's test file, else its valid file.
+    """The file asked for, else the valid file of the task asked for, else the run's test file, else its valid file.
 
     Raises: RequestError when there is none.
     """
     if given is not None:
         return given
+    if target.task is not None and target.task in target.task_files:
+        return target.task_files[target.task]
     files = (target.data.test, target.data.valid) if target.data is not None else ()
     found = next((file for file in files if file is not None), None)
     if found is None:
-        raise RequestError(f"'{target.name}' has no test or valid file of its own; give one with --data")
+        own = "".join(f" ({task}: {files})" for task, files in target.task_files.items())
+        raise RequestError(f"'{target.name}' has no test or valid file of its own; give one with --data{own}")
     return found
 
 

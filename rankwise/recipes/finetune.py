@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from rankwise import distributed
-from rankwise.attach.checkpoint import read_tensors, save_adapter
+from rankwise.attach.checkpoint import TASKS_FILE, read_tensors, save_adapter
 from rankwise.attach.gate_folder import is_gate_folder, read_gate_folder
 from rankwise.attach.inject import adapter_parameters
 from rankwise.errors import RankwiseError, RequestError, WorkError, WriteError
@@ -202,7 +202,7 @@ def _last_saved(folder: RunFolder) -> str:
 def _way_back(folder: RunFolder) -> str:
     """What is left of a run that failed."""
     saved = checkpoint_folders(folder.path)
-    if not saved:
+    if not saved or (saved[-1] / ADAPTER / TASKS_FILE).is_file():  # a run can't start from several adapters
         return _last_saved(folder)
     return f"{_last_saved(folder)}, a new run can start there with adapter.from={saved[-1] / 'adapter'}"
 

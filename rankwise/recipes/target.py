@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -69,6 +70,8 @@ class Target:
     """Of several adapters under a gate, or of task embeddings; None for one adapter."""
     task: str | None = None
     """The task that was asked for, of a gate's."""
+    task_files: Mapping[str, str | list[str]] = field(default_factory=dict)
+    """The valid files of the run's tasks, where they have some."""
 
     @cached_property
     def objective(self) -> str:
@@ -252,7 +255,8 @@ def _with_run(name: str, kind: str, run_file: Path, adapter: Path, base: str | N
     """An adapter with the base and the data treatment of the run that it is of."""
     run = read_run(run_file)
     model = dataclasses.replace(run.model, device=device) if base is None else ModelConfig(base, device)
-    return Target(name, kind, model, adapter, run.data, train=run.train, gate=_gate(adapter))
+    own = {task: files.valid for task, files in run.tasks.files.items() if files.valid is not None}
+    return Target(name, kind, model, adapter, run.data, train=run.train, gate=_gate(adapter), task_files=own)
 
 
 def _gate(folder: Path) -> GateFolder | None:

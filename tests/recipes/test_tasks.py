@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from rankwise.errors import RequestError
+from rankwise.recipes.evaluate import EvaluateConfig, evaluate
 from rankwise.recipes.finetune import train
 from rankwise.train.interrupt import Interrupted
 from rankwise.train.state import checkpoint_folders
@@ -81,6 +82,18 @@ def test_gates_and_embeddings_learn(files: Path, tmp_path: Path, tasks: dict[str
     adapter = tmp_path / "out" / "adapter"
     assert {path.name for path in adapter.iterdir() if path.is_dir()} == folders
     assert (adapter / "tasks.json").is_file() and summary["tasks"]["losses"].keys() == ANSWERS.keys()
+
+
+def test_a_run_is_evaluated_on_its_tasks_own_rows(files: Path, tmp_path: Path) -> None:
+    gate = {"mode": "hard"}
+    train(task_run(files, tmp_path / "out", {"gate": gate}, steps=2, evaluate_every=2), quiet=True)
+    config = EvaluateConfig(task="backwards", metrics=("loss",), precision="fp32")
+    found = evaluate(str(tmp_path / "out"), config, device="cpu")
+    assert found["data"] == str(files / "backwards-valid.jsonl")
+    measured = json.loads((tmp_path / "out" / "summary.json").read_text())["tasks"]["losses"]["backwards"]
+    assert found["results"][-1]["loss"] == pytest.approx(measured, rel=1e-5)
+    with pytest.raises(RequestError, match="--task"):
+        evaluate(str(tmp_path / "out"), EvaluateConfig(metrics=("loss",)), device="cpu")
 
 
 def test_stages_each_with_what_it_trains(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
