@@ -29,7 +29,7 @@ from rankwise.models.gguf_weights import GgufFile
 from rankwise.models.quiet import quietly
 
 _MANIFEST = "rankwise.json"
-_FORMAT = 1
+_FORMAT = 2
 """Part of the cache folder's name: raise it when a conversion writes something else."""
 
 
@@ -177,6 +177,7 @@ def _write_manifest(gguf: Path, folder: Path, source: str) -> None:
 
 
 def _save_config_and_tokenizer(gguf: Path, folder: Path, tied: bool) -> None:
+    from tokenizers.pre_tokenizers import Digits, Sequence
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -189,5 +190,8 @@ def _save_config_and_tokenizer(gguf: Path, folder: Path, tied: bool) -> None:
     generation.pop("_from_model_config", None)
     write_json(folder / "generation_config.json", generation)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # transformers' reader of GGUF files takes GPT-2's rule for all; SmolLM2's own cuts each digit off before it
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)

@@ -198,6 +198,8 @@ def test_the_demo_model_is_the_real_thing():
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
+    # as the Hub's tokenizer cuts it: each digit by itself, and so the blanks before it
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a  12").input_ids) == ["a", "ĠĠ", "1", "2"]
     ids = tokenizer(PROSE, return_tensors="pt")["input_ids"][0]
     with torch.no_grad():
         perplexity = math.exp(token_losses(model, padded([(ids, ids)])).mean())
