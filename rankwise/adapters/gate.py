@@ -165,8 +165,8 @@ class GateLayer(AdapterLayer):
             for task in range(len(self.mixture.tasks))
         ]
         most = max(one.shape[dim] for one in of_tasks)
-        after = (lambda rank: (0, 0, 0, most - rank)) if dim == 0 else (lambda rank: (0, most - rank))
-        return torch.stack([F.pad(one, after(one.shape[dim])) for one in of_tasks]).to(dtype)
+        before = (0, 0) if dim == 0 else ()  # of the dimensions behind the one that is padded
+        return torch.stack([F.pad(one, (*before, 0, most - one.shape[dim])) for one in of_tasks]).to(dtype)
 
     def _chosen(self) -> tuple[list[int], Float[Tensor, "*b R"]]:
         """The members that may take part, and the coefficients of their columns, scale included."""

@@ -148,7 +148,7 @@ class LowRankLayer(AdapterLayer):
             and self.prefix is None
             and (type(base) in FUSED or is_quantized(base))
             and x.element_size() <= A.element_size()
-            and not base._forward_hooks
+            and not base._forward_hooks  # pyright: ignore[reportUnknownMemberType]
             and not (self.training and self.dropout)
             and self._buffers["start_A"] is None
             and "forward" not in vars(base)

@@ -121,8 +121,9 @@ class Mixture(nn.Module):
     def rows(self) -> Int64[Tensor, " B"] | None:
         """The task of each row, where rows have one each."""
         given = self.routing.inferred if self.routing.given is None and self.logits is None else self.routing.given
-        is_rows = isinstance(given, Tensor) and given.dim() == 1 and not given.is_floating_point()
-        return given if is_rows else None
+        if not isinstance(given, Tensor) or given.dim() != 1 or given.is_floating_point():
+            return None
+        return given
 
     def shares(self, group: int) -> Float[Tensor, " T"]:
         """What the learned gate gives each task's adapter in layers of this group; they sum to 1."""

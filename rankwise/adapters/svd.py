@@ -4,6 +4,10 @@ Halko, Martinsson and Tropp 2011, "Finding structure with randomness" (arXiv 090
 OVERSAMPLING more columns than asked for and POWER_ITERATIONS passes over the matrix and its transpose.
 """
 
+# torch.linalg has no type stubs; Q, U and S are the source's names.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportConstantRedefinition=false
+
 from __future__ import annotations
 
 import torch

@@ -66,6 +66,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
     return process.returncode, out, [line for line in err.splitlines() if line.startswith("rankwise: error:")]
 
 
+@pytest.mark.slow
 def test_one_document_for_all_and_one_message_for_a_wrong_request(files: Path, tmp_path: Path) -> None:
     run = run_file(files, tmp_path / "out", sharding="full")
     code, out, errors = ended(start("-m", "rankwise", "train", run, "--json"))

@@ -32,6 +32,7 @@ def peak_bytes(folder, count: int) -> int:
     return peak
 
 
+@pytest.mark.slow
 def test_memory_is_flat(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rankwise.data.workers.CHUNK_ROWS", 100)
     monkeypatch.setattr("rankwise.data.rows.DETECT_ROWS", 100)

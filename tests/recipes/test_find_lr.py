@@ -26,6 +26,7 @@ def document(tmp_path):
     return run_document(tmp_path, save_model(tmp_path / "model"))
 
 
+@pytest.mark.slow
 def test_the_pick_trains_better_than_rates_far_from_it(tmp_path, document):
     picture = tmp_path / "curve.png"
     found = find_lr(document, SHORT, picture, quiet=True)
