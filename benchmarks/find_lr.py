@@ -28,6 +28,7 @@ from rankwise.recipes.finetune import train
 from rankwise.recipes.finetune_job import prepare
 from rankwise.recipes.run import read_run
 from rankwise.say import silent
+from rankwise.train.range_test import pick_below
 
 GRID = [round(10 ** (-4 + half / 2), 8) for half in range(7)]
 """1e-4 to 1e-1 in half decades."""
@@ -49,7 +50,7 @@ class Runs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             self.done[key] = row
-            print(json.dumps(row), flush=True)
+            print({name: value for name, value in row.items() if name != "curve"}, flush=True)
         return self.done[key]
 
 
@@ -62,6 +63,12 @@ def untrained(run_file: str, overrides: list[str]) -> dict[str, Any]:
         job.batches.packing,
     )  # fmt: skip
     return {"loss": found.loss}
+
+
+def tested(run_file: str, overrides: list[str]) -> dict[str, Any]:
+    """The range test's curve, and where it is lowest; which rate that speaks for is decided when it is read."""
+    found = find_lr(read_run(run_file, overrides), quiet=True)
+    return {key: found[key] for key in ("lowest_at", "curve")}
 
 
 def trained(run_file: str, overrides: list[str]) -> dict[str, Any]:
@@ -82,20 +89,19 @@ def compare(run_file: str, name: str, seeds: int, runs: Runs) -> list[dict[str, 
         base = [f"train.seed={seed}"]
         # one evaluation, after the last step: best_valid_loss is its
         last = [*base, "train.evaluate_every=1000000"]
-        pick = runs.get(
-            f"{name}/{seed}/pick", lambda base=base: {"lr": find_lr(read_run(run_file, base), quiet=True)["lr"]}
-        )
+        curve = runs.get(f"{name}/{seed}/curve", lambda base=base: tested(run_file, base))
+        pick = pick_below(curve["lowest_at"])
         before = runs.get(f"{name}/{seed}/untrained", lambda base=base: untrained(run_file, base))["loss"]
         gains = {}
-        for rate in [pick["lr"], *GRID]:
+        for rate in [*GRID, pick]:
             loss = runs.get(f"{name}/{seed}/{rate:g}", lambda r=rate, o=last: trained(run_file, [*o, f"train.lr={r}"]))[
                 "loss"
             ]
             gains[rate] = -np.inf if loss is None else before - loss
         best = max(GRID, key=lambda rate: gains[rate])
         rows.append({
-            "name": name, "seed": seed, "pick": pick["lr"], "gain": gains[pick["lr"]], "best_rate": best,
-            "best_gain": gains[best], "share": gains[pick["lr"]] / gains[best],
+            "name": name, "seed": seed, "pick": pick, "gain": gains[pick], "best_rate": best,
+            "best_gain": gains[best], "share": gains[pick] / gains[best],
         })  # fmt: skip
     return rows
 

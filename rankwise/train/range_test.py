@@ -9,8 +9,8 @@ step to step, by a constant factor, until the loss rises. Two things make the cu
   neighbouring rates.
 
 The pick is a fixed part of the rate at which the curve is lowest: there one more step still helped, but a run is long,
-and stays at its rate (`PART_OF_LOWEST`, a rule of thumb that no grid of runs has confirmed). A pass ends early where
-it diverges.
+and stays at its rate (`PART_OF_LOWEST`; benchmarks/find_lr.py compares it with a grid of runs). A pass ends early
+where it diverges.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEAST_STEPS, MOST_STEPS = 40, 100
 NUM_RESTARTS = 3
 DIVERGED = 0.25
 """A pass ends when its loss is above that of the untrained model by this part of it, at the mean of the last three."""
-PART_OF_LOWEST = 1 / 3
+PART_OF_LOWEST = 1 / 2
 SMOOTHED_OVER = 2.0
 """Standard deviation, in steps, of the Gaussian that the mean curve is smoothed with."""
 NOTICEABLE = 0.005
@@ -115,7 +115,7 @@ def read_curve(rates: Sequence[float], passes: Sequence[Sequence[float]], before
     if place == len(rates) - 1:
         raise WorkError(f"the loss still falls at the highest rate, {rates[-1]:g}; raise it with --highest")
     curve = [(rate, before + change) for rate, change in zip(rates, smooth, strict=False)]
-    return Found(_rounded(rates[place] * PART_OF_LOWEST), rates[place], curve)
+    return Found(pick_below(rates[place]), rates[place], curve)
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
@@ -128,6 +128,6 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     return [mean_around(place) for place in range(len(values))]
 
 
-def _rounded(rate: float) -> float:
-    """To two significant digits: more would be noise."""
-    return float(f"{rate:.1e}")
+def pick_below(lowest_at: float) -> float:
+    """The rate picked where the curve is lowest at `lowest_at`, to two significant digits: more would be noise."""
+    return float(f"{lowest_at * PART_OF_LOWEST:.1e}")
