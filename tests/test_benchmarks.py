@@ -79,3 +79,13 @@ def test_fifty_steps_learn_what_the_plain_path_learns(tmp_path: Path) -> None:
     found = json.loads(out.read_text())
     assert found["rows"][0]["largest_difference"] < 1e-4
     assert found["curves"]["ours"][-1] < found["curves"]["ours"][0] - 0.3
+
+
+@pytest.mark.slow
+def test_the_stream_of_tasks_is_served(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    small = ["--steps", "2", "--train-rows", "8", "--requests", "40"]
+    subprocess.run([sys.executable, str(BENCHMARKS / "task_stream.py"), *small, "--out", str(out)], check=True)
+    rows = {row["what"]: row for row in json.loads(out.read_text())["rows"]}
+    assert 0 <= rows["inferred: routed right"]["value"] <= 1 and rows["given: loss"]["n"] == 40
+    assert rows["inferred / given: cpu time"]["value"] > 1, "reading twice costs nothing?"
