@@ -25,6 +25,7 @@ class Costs:
     stored_bytes: int | None = None
     memory_bytes: float | None = None
     cpu_s: float | None = None
+    flops: float | None = None
     accuracy: float | None = None
     is_stale: bool = False
 
@@ -49,7 +50,7 @@ class Page:
 
 def comparison_page(page: Page, rows: Sequence[Row], costs: Mapping[str, Costs], plan: Plan) -> str:
     """A table of comparisons, its sentences and its picture."""
-    headings = ["method", "seeds", "trained", "stored", "memory", "CPU", "rate", "test loss"]
+    headings = ["method", "seeds", "trained", "stored", "memory", "CPU", "FLOPs", "rate", "test loss"]
     headings += [f"against {plan.reference} [95 %]", "p (Holm)"]
     if plan.share_of is not None:
         headings.append(f"share of {plan.share_of[1]}'s gain [95 %]")
@@ -61,8 +62,8 @@ def comparison_page(page: Page, rows: Sequence[Row], costs: Mapping[str, Costs],
         cost = costs[row.name]
         cells = [
             row.name + (" †" if cost.is_stale else ""), f"{len(row.seeds)}", _count(cost.parameters),
-            _bytes(cost.stored_bytes), _bytes(cost.memory_bytes), _number(cost.cpu_s, "{:,.0f} s"), cost.rate,
-            _number(row.loss, "{:.4f}"), _interval(row.difference, "{:+.4f}"), _number(row.p, "{:.2g}"),
+            _bytes(cost.stored_bytes), _bytes(cost.memory_bytes), _number(cost.cpu_s, "{:,.0f} s"), _flops(cost.flops),
+            cost.rate, _number(row.loss, "{:.4f}"), _interval(row.difference, "{:+.4f}"), _number(row.p, "{:.2g}"),
         ]  # fmt: skip
         if plan.share_of is not None:
             cells.append(_interval(row.share, "{:.1%}"))
@@ -124,6 +125,11 @@ def _interval(value: Interval | None, form: str) -> str:
     if value is None:
         return NONE_YET
     return f"{form.format(value.mean)} [{form.format(value.low)}, {form.format(value.high)}]"
+
+
+def _flops(value: float | None) -> str:
+    """To three digits; nothing for cells that were run before they were counted."""
+    return NONE_YET if value is None else f"{value:.2e}" if value else "0"
 
 
 def _count(value: int | None) -> str:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,15 +22,13 @@ from rankwise.attach.checkpoint import load_adapter, save_adapter
 from rankwise.attach.inject import adapter_parameters
 from rankwise.attach.targets import HEADS
 from rankwise.bench.kinds import ADAPTER, BASE, FULL
-from rankwise.data.example import Example
-from rankwise.data.loader import load_examples
 from rankwise.errors import RequestError
-from rankwise.models.heads import class_losses, correct, head_logits, set_padding
+from rankwise.models.heads import set_padding
 from rankwise.models.load import load_model, new_modules
-from rankwise.models.loss import example_losses
+from rankwise.recipes.bench_measure import Computing, measured
 from rankwise.recipes.convert_rank import convert_rank
 from rankwise.recipes.finetune_data import RunData, load_data
-from rankwise.recipes.finetune_job import loop_plan, prepare
+from rankwise.recipes.finetune_job import Job, loop_plan, prepare
 from rankwise.recipes.moving_ranks import BeforeSteps
 from rankwise.recipes.run import RunConfig
 from rankwise.say import silent
@@ -44,12 +40,6 @@ from rankwise.train.optimizers import make_optimizer
 from rankwise.train.order import RowOrder
 from rankwise.train.precision import DTYPES
 from rankwise.train.rng import seed_everything
-
-MEASURED_TRAIN_ROWS = 200
-"""Training rows, the first of the file, whose loss is measured beside the held-out ones: for the gap."""
-
-MEASURED_BATCH = 16
-"""Rows measured at a time. Part of the result: other rows in a batch may round differently."""
 
 OBJECTIVES = ("sft", "text", "classification")
 """Those of which a held-out example has a loss of its own."""
@@ -69,7 +59,19 @@ class Trained:
     num_parameters: int
     stored_bytes: int
     progress: Progress
-    computing: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    computing: Computing = contextlib.nullcontext
+
+
+@dataclass(frozen=True)
+class PlainJob:
+    """A model without adapters, its parameters that are trained, and its batches. `computing`: as in `Trained`."""
+
+    model: PreTrainedModel
+    data: RunData
+    parameters: dict[str, nn.Parameter]
+    batches: MicroBatches
+    minimised: Objective
+    computing: Computing
 
 
 def check_cell(run: RunConfig, kind: str) -> None:
@@ -88,16 +90,22 @@ def check_cell(run: RunConfig, kind: str) -> None:
         )
 
 
-def run_cell(run: RunConfig, kind: str, cut: int | None = None) -> dict[str, Any]:
+def run_cell(run: RunConfig, kind: str, cut: int | None = None, keep: Path | None = None) -> dict[str, Any]:
     """Trains and measures: `figures`, `losses` and `units` by split, `correct` of classifiers.
 
-    `cut`: the rank that an adapter is cut to before it is measured.
+    Args:
+        run: a run file's, as `check_cell` takes it.
+        kind: what is trained, a key of `rankwise.bench.kinds.KINDS` that is of one task.
+        cut: the rank that an adapter is cut to before it is measured.
+        keep: the folder, which is not there yet, that an adapter is left in; None: it is not kept.
 
     Raises: RequestError as `check_cell`, `prepare` and `convert_rank`; WorkError when training fails.
     """
     check_cell(run, kind)
     trained = _adapter(run, cut) if kind == ADAPTER else _plain(run, kind)
-    return {"figures": _figures(trained), **_measured(trained, run)}
+    if keep is not None:
+        save_adapter(trained.model, keep)
+    return {"figures": _figures(trained), **measured(trained.model, trained.data, run, trained.computing)}
 
 
 def _figures(trained: Trained) -> dict[str, Any]:
@@ -110,13 +118,19 @@ def _figures(trained: Trained) -> dict[str, Any]:
     }
 
 
-def _adapter(run: RunConfig, cut: int | None) -> Trained:
+def train_adapter(run: RunConfig) -> Job:
+    """The run of an adapter, to its end."""
     job = prepare(run, None, silent)
     mover, batches, hooks = job.mover, job.batches, []
     if mover is not None:  # ranks that move in the run, as `rankwise train` moves them
         batches = BeforeSteps(job.batches, mover)
         hooks = [lambda step: mover.after(step, job.progress, silent)]
     fit(job.model, job.optimizer, batches, minimised(job.objective, run.train), job.plan, job.progress, hooks)
+    return job
+
+
+def _adapter(run: RunConfig, cut: int | None) -> Trained:
+    job = train_adapter(run)
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "adapter"
         save_adapter(job.model, saved)
@@ -130,6 +144,18 @@ def _adapter(run: RunConfig, cut: int | None) -> Trained:
 
 def _plain(run: RunConfig, kind: str) -> Trained:
     """The model itself: every weight trained, or those of its head, or none."""
+    plain = plain_job(run, kind)
+    progress, parameters, train = Progress(), plain.parameters, run.train
+    if kind != BASE:
+        optimizer = make_optimizer(parameters, train.lr, train.betas, train.weight_decay, train.optimizer)
+        seed_everything(train.seed)
+        fit(plain.model, optimizer, plain.batches, plain.minimised, loop_plan(run, plain.data), progress)
+    count = sum(parameter.numel() for parameter in parameters.values())
+    return Trained(plain.model, plain.data, count, count * FP32_BYTES, progress, plain.computing)
+
+
+def plain_job(run: RunConfig, kind: str) -> PlainJob:
+    """The model and what it is trained on, before the first step."""
     data = load_data(run, silent)
     dtype = DTYPES[run.train.precision] if kind == BASE else torch.float32
     seed_everything(run.train.seed)  # as in `prepare`: a new head is drawn while loading, the same for every kind
@@ -137,14 +163,14 @@ def _plain(run: RunConfig, kind: str) -> Trained:
     if run.train.needs.task_type in HEADS:
         set_padding(model, data.pad_id)
     data.check_fits(model)
-    progress = Progress()
-    if kind == BASE:
-        return Trained(model, data, 0, 0, progress)
-    parameters = _trained_parameters(model, run, kind)
-    computing = _autocast if run.train.precision == "bf16" else contextlib.nullcontext
-    _train(model, parameters, run, data, progress, computing)
-    count = sum(parameter.numel() for parameter in parameters.values())
-    return Trained(model, data, count, count * FP32_BYTES, progress, computing)
+    parameters = {} if kind == BASE else _trained_parameters(model, run, kind)
+    computing = _autocast if run.train.precision == "bf16" and kind != BASE else contextlib.nullcontext
+    objective, train = objective_of(run.train), run.train
+    order = RowOrder(data.shares, train.batch_size, train.num_rows(data.rows_per_epoch), train.seed)
+    batches = MicroBatches(
+        objective, data.train.examples, order, train.micro_rows, data.pad_id, run.data.packing is True, model.device
+    )
+    return PlainJob(model, data, parameters, batches, _inside(minimised(objective, train), computing), computing)
 
 
 def _trained_parameters(model: PreTrainedModel, run: RunConfig, kind: str) -> dict[str, nn.Parameter]:
@@ -162,22 +188,7 @@ def _autocast() -> contextlib.AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def _train(
-    model: PreTrainedModel, parameters: dict[str, nn.Parameter], run: RunConfig, data: RunData, progress: Progress,
-    computing: Callable[[], contextlib.AbstractContextManager[Any]],
-) -> None:  # fmt: skip
-    train = run.train
-    objective = objective_of(train)
-    order = RowOrder(data.shares, train.batch_size, train.num_rows(data.rows_per_epoch), train.seed)
-    batches = MicroBatches(
-        objective, data.train.examples, order, train.micro_rows, data.pad_id, run.data.packing is True, model.device
-    )
-    optimizer = make_optimizer(parameters, train.lr, train.betas, train.weight_decay, train.optimizer)
-    seed_everything(train.seed)
-    fit(model, optimizer, batches, _inside(minimised(objective, train), computing), loop_plan(run, data), progress)
-
-
-def _inside(objective: Objective, computing: Callable[[], contextlib.AbstractContextManager[Any]]) -> Objective:
+def _inside(objective: Objective, computing: Computing) -> Objective:
     """The objective, whose losses are computed in a context."""
 
     def losses(model: PreTrainedModel, batch: Any) -> Tensor:
@@ -185,55 +196,3 @@ def _inside(objective: Objective, computing: Callable[[], contextlib.AbstractCon
             return objective.losses(model, batch)
 
     return dataclasses.replace(objective, losses=losses)
-
-
-def _measured(trained: Trained, run: RunConfig) -> dict[str, Any]:
-    """Each example's mean loss, in nats, and how many trained units it has; of classifiers, whether they are right."""
-    data, test = trained.data, run.data.test
-    assert data.valid is not None and test is not None
-    files = [test] if isinstance(test, str) else list(test)
-    layout = run.train.needs.layout
-    found = load_examples(files, data.tokenizer, run.data.for_files(files), layout, silent, labels=data.labels)
-    splits: dict[str, Sequence[Example]] = {
-        "train": [data.train.examples[i] for i in range(min(MEASURED_TRAIN_ROWS, len(data.train.examples)))],
-        "valid": data.valid.examples,
-        "test": found.examples,
-    }
-    if data.labels is not None and data.labels.is_multi:
-        raise RequestError("the bench takes rows with one label each; these have several")
-    result: dict[str, Any] = {"losses": {}, "units": {}, "correct": {}}
-    trained.model.eval()
-    for name, examples in splits.items():
-        with torch.no_grad(), trained.computing():
-            result["losses"][name], result["units"][name], right = _each(trained, run, examples)
-        if right:
-            result["correct"][name] = right
-    return result
-
-
-def _each(trained: Trained, run: RunConfig, examples: Sequence[Example]) -> tuple[list[float], list[int], list[int]]:
-    """By example, in their order: mean loss, units, and 1 where a classifier is right."""
-    objective = objective_of(run.train)
-    is_head = run.train.needs.task_type in HEADS
-    losses, units, right = [0.0] * len(examples), [0] * len(examples), [0] * len(examples)
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
-    for start in range(0, len(order), MEASURED_BATCH):
-        chosen = order[start : start + MEASURED_BATCH]
-        rows = [examples[i] for i in chosen]
-        batch = objective.collate(rows, trained.data.pad_id, run.data.packing is True)
-        if is_head:
-            logits = head_logits(trained.model, batch)
-            sums, counts = class_losses(logits, batch), [1] * len(rows)
-            for place, value in zip(chosen, correct(logits, batch).tolist(), strict=True):
-                right[place] = int(value)
-        else:
-            sums, counted = example_losses(trained.model, batch)
-            counts = counted.tolist()
-        for place, total, count in zip(chosen, sums.double().tolist(), counts, strict=True):
-            losses[place], units[place] = short(total / count), count
-    return losses, units, right if is_head else []
-
-
-def short(value: float) -> float:
-    """The float that the fewest digits of its float32 name: half the size on disk, 7 digits."""
-    return float(str(np.float32(value)))

@@ -141,6 +141,7 @@ def _document(row: Row, cost: Costs, plan: Plan) -> dict[str, Any]:
     return {
         "method": row.name, "verdict": row.verdict, "sentence": sentence(row, plan), "seeds": len(row.seeds),
         "loss": row.loss, "p": row.p, "stale": cost.is_stale, "trainable_parameters": cost.parameters,
+        "flops": cost.flops,
         "difference": None if difference is None else [difference.mean, difference.low, difference.high],
     }  # fmt: skip
 
@@ -155,6 +156,7 @@ def _costs(bench: Bench, method: str, tasks: Mapping[str, Mapping[int, Record]],
     return Costs(
         rate, figures[0]["trainable_parameters"], figures[0]["adapter_bytes"],
         fmean(one["peak_memory_bytes"] for one in figures), fmean(one["cpu_s"] for one in figures),
+        fmean(one["flops"] for one in figures) if all("flops" in one for one in figures) else None,
         float(np.mean(right)) if right else None,
         any(_is_old(bench, record, known) for record in records),
     )  # fmt: skip

@@ -233,24 +233,28 @@ def compute(results: Connection, end: Connection, document: dict[str, Any], kind
     import torch
 
     from rankwise.recipes.bench_cell import run_cell
+    from rankwise.recipes.bench_flops import training_flops
     from rankwise.train.log import peak_memory_bytes
 
     torch.set_num_threads(THREADS)
     load = os.getloadavg()[0]
     began = time.process_time()
     try:
-        outcome = run_cell(read_run(document), kind, cut)
+        run = read_run(document)
+        outcome = run_cell(run, kind, cut)
+        outcome["figures"] |= {
+            "cpu_s": round(time.process_time() - began, 2),
+            "peak_memory_bytes": peak_memory_bytes(torch.device("cpu")),
+            "load_average": round(load, 2),
+        }
+        if (flops := training_flops(run, kind, outcome["figures"], cut)) is not None:
+            outcome["figures"]["flops"] = flops
     except RankwiseError as error:
         results.send({"status": FAILED, "reason": error.message})
         return
     except Exception as error:  # noqa: BLE001 (whatever it is, the store says it, and the other cells go on)
         results.send({"status": FAILED, "reason": " ".join(f"{type(error).__name__}: {error}".split())})
         return
-    outcome["figures"] |= {
-        "cpu_s": round(time.process_time() - began, 2),
-        "peak_memory_bytes": peak_memory_bytes(torch.device("cpu")),
-        "load_average": round(load, 2),
-    }
     results.send({"status": DONE, **outcome})
 
 

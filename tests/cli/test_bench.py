@@ -62,6 +62,7 @@ def test_the_store_holds_each_cell_once_with_its_figures(bench):
     for record in records:
         assert {"cpu_s", "wall_s", "peak_memory_bytes", "load_average", "tokens", "steps"} <= set(record.figures)
         assert {"trainable_parameters", "adapter_bytes"} <= set(record.figures)
+        assert (record.figures["flops"] > 0) == (record.figures["steps"] > 0)
         assert [len(record.losses[split]) for split in ("train", "valid", "test")] == [16, 6, 8]
         assert record.body["machine"] and record.body["versions"]["torch"] and record.body["settings"]["data.test"]
 
@@ -86,6 +87,20 @@ def test_the_table_its_sentences_and_picture(bench, document, capsys):
     assert Path(result["table"]).read_text() == text
     assert main(["bench", "report", str(suite_of(bench))]) == 0
     assert rows["full"]["sentence"] in capsys.readouterr().out
+
+
+def test_cells_of_before_operations_were_counted_are_read(copy, document):
+    store = Store(copy / "store.jsonl")
+    records = store.read().records
+    store.path.unlink()
+    for record in records:
+        line = {key: value for key, value in record.body.items() if key not in ("sha256", "code_files")}
+        line["figures"] = {key: value for key, value in line["figures"].items() if key != "flops"}
+        store.append(line, record.code, {})
+    result = document("bench", "report", suite_of(copy))
+    text = Path(result["table"]).read_text()
+    assert "| FLOPs |" in text and "e+" not in text.split("FLOPs")[1].split("verdict")[1].split("\n\n")[0]
+    assert (result["cells"], result["stale"]) == (8, 0)
 
 
 def test_the_table_of_rates(copy, document):

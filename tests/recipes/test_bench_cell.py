@@ -11,7 +11,8 @@ import torch
 from rankwise.errors import RequestError
 from rankwise.models.config import ModelConfig
 from rankwise.models.load import load_model
-from rankwise.recipes.bench_cell import check_cell, run_cell, short
+from rankwise.recipes.bench_cell import check_cell, run_cell
+from rankwise.recipes.bench_measure import short
 from rankwise.recipes.convert_rank import convert_rank
 from rankwise.recipes.evaluate import EvaluateConfig, evaluate
 from rankwise.recipes.finetune import train
