@@ -60,7 +60,8 @@ class AdapterLayer(nn.Module, ABC):
     @property
     def bias(self) -> Tensor | None:
         """The base's bias, if it has one."""
-        return self.base._parameters.get("bias")  # an embedding has no such attribute
+        # an embedding has no such attribute; a replica of nn.DataParallel has no such parameter
+        return getattr(self.base, "bias", None)
 
     @property
     def rank(self) -> int:

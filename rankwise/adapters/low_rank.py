@@ -141,10 +141,11 @@ class LowRankLayer(AdapterLayer):
         A token through a large model calls hundreds of layers: what is looked up here is what must be, past
         `nn.Module`'s slow attributes.
         """
-        base, A = self._modules["base"], self._parameters["lora_A"]
-        assert base is not None and A is not None
+        base, A = self._modules["base"], self._parameters.get("lora_A")
+        assert base is not None
         return (
-            x.numel() < A.numel()
+            A is not None  # as a parameter: a replica of nn.DataParallel has none
+            and x.numel() < A.numel()
             and self.prefix is None
             and (type(base) in FUSED or is_quantized(base))
             and x.element_size() <= A.element_size()

@@ -6,7 +6,8 @@ counter and address, or until its gradient is computed: optimisers that write pa
 **Readers** are layers that read the very same tensor: q, k, v; gate, up. Who they are is found when they are attached,
 by what they are given. The first of them to be called computes x [A_1; A_2; ...]^T once; the others take their part of
 it if they are given the same tensor, unchanged, while the factors are unchanged, and start anew otherwise. Only numbers
-are shared, no part of an autograd graph, and `x` is held by a weak reference.
+are shared, no part of an autograd graph, and `x` is held by a weak reference. So are the layers: a model that nobody
+holds any more frees its memory at once, not when the garbage collector finds a ring.
 """
 
 from __future__ import annotations
@@ -97,21 +98,31 @@ class Readers:
     """Layers that read one tensor."""
 
     def __init__(self, layers: Sequence[Reader]) -> None:
-        self.layers = tuple(layers)
+        self._layers = [weakref.ref(layer) for layer in layers]
         self.derived = Derived()
         """Holds the factors [A_1; A_2; ...] in the dtype of x."""
         self._reading: _Reading | None = None
 
+    @property
+    def layers(self) -> tuple[Reader, ...]:
+        """Those of them that are there: of a copy of one layer alone, only that one."""
+        return tuple(layer for reference in self._layers if (layer := reference()) is not None)
+
     def read(self, layer: Reader, x: Float[Tensor, "*batch n"]) -> tuple[Tensor, Tensor] | None:
-        """A in the dtype of x, and x A^T; None where x is wide, counts no versions or lies on another device."""
-        if (
-            x.element_size() > WIDEST_BYTES
-            or x.is_inference()
-            or any(reader.lora_A.device != x.device for reader in self.layers)
-        ):
+        """A in the dtype of x, and x A^T.
+
+        None where x is wide, counts no versions or lies on another device, and for a layer that is none of these, as a
+        replica of `nn.DataParallel` is.
+        """
+        if x.element_size() > WIDEST_BYTES or x.is_inference():
             return None
-        place = next(number for number, reader in enumerate(self.layers) if reader is layer)
-        down = self.derived.stacked(tuple(reader.lora_A for reader in self.layers), x.dtype)
+        layers = self.layers
+        if len(layers) < len(self._layers) or any(reader.lora_A.device != x.device for reader in layers):
+            return None
+        place = next((number for number, reader in enumerate(layers) if reader is layer), None)
+        if place is None:
+            return None
+        down = self.derived.stacked(tuple(reader.lora_A for reader in layers), x.dtype)
         reading = self._reading
         if (
             reading is None
@@ -120,7 +131,7 @@ class Readers:
             or reading.down is not down
             or place not in reading.waiting
         ):
-            reading = _Reading(weakref.ref(x), x._version, down, _product(x, down), _parts(self.layers))
+            reading = _Reading(weakref.ref(x), x._version, down, _product(x, down), _parts(layers))
         part = reading.waiting.pop(place)
         self._reading = reading if reading.waiting else None
         return down[part], reading.h[:, part]
@@ -129,7 +140,7 @@ class Readers:
         return self.layers
 
     def __setstate__(self, layers: tuple[Any, ...]) -> None:
-        self.layers, self.derived, self._reading = layers, Derived(), None
+        self._layers, self.derived, self._reading = [weakref.ref(layer) for layer in layers], Derived(), None
 
 
 @torch.no_grad()

@@ -232,7 +232,7 @@ def _put(model: nn.Module, layers: Mapping[str, AdapterLayer], mixture: Mixture,
     attachment.members = {name: part.config for name, part in every.items()}
     model.requires_grad_(False)
     for layer in layers.values():
-        layer.train(model.training)
+        layer.training = layer.base.training
         for parameter in layer.peft_parameters().values():
             parameter.requires_grad_(True)
     device = next(model.parameters()).device

@@ -1,16 +1,16 @@
 """Methods of a transformers model that would do harm to an attached one, and what stands in for them.
 
-They are functions with the model as their first argument, bound with `partial`, so that copies and pickles of an
-attached model have their own.
+They are functions with the model as their first argument, bound by `Guard`: copies and pickles of an attached model have
+their own, and the model does not hold itself, so that its memory is free once nobody else holds it.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, final
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -105,6 +105,24 @@ GUARDS: dict[str, Callable[..., Any]] = {
 }
 
 
+@final
+class Guard:
+    """A function of GUARDS, bound to a model that it does not keep alive."""
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        self._name, self._model = name, weakref.ref(model)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """The guard's function of the model. Raises: ReferenceError when the model is gone."""
+        model = self._model()
+        if model is None:
+            raise ReferenceError(f"{self._name} of a model that is no more")
+        return GUARDS[self._name](model, *arguments, **named)
+
+    def __reduce__(self) -> tuple[type[Guard], tuple[str, nn.Module | None]]:
+        return Guard, (self._name, self._model())
+
+
 HAS_ADAPTER = "_hf_peft_config_loaded"
 """transformers' own mark on a model that has an adapter inside, whoever put it there: Trainer refuses to train a model
 in 8 or 4 bits without it."""
@@ -113,7 +131,7 @@ in 8 or 4 bits without it."""
 def guard_methods(model: nn.Module) -> None:
     """Puts the guards in front of the methods of a transformers model, and the mark on one in 8 or 4 bits."""
     if isinstance(model, PreTrainedModel):
-        vars(model).update({name: partial(function, model) for name, function in GUARDS.items()})
+        vars(model).update({name: Guard(name, model) for name in GUARDS})
         if vars(model).get("is_quantized", False):
             vars(model)[HAS_ADAPTER] = True
 

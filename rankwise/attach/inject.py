@@ -114,7 +114,7 @@ def inject(
     attachment.share_left_out, attachment.largest_left_out = weight_share_left_out(model, targets)
     model.requires_grad_(False)
     for layer in layers.values():
-        layer.train(model.training)
+        layer.training = layer.base.training  # a part of the model may be in another mode than the whole
         for parameter in layer.peft_parameters().values():
             parameter.requires_grad_(True)
     join_readers(model, layers)
