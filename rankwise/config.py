@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -91,6 +91,32 @@ def checked_value(value: Any, kind: Any, name: str) -> Any:
         return parser.parse_object({"value": value}).value
     except argparse.ArgumentError:
         raise RequestError(f"{name} must be {_type_name(kind)}, not {value!r}") from None
+
+
+def check_types(instance: Any, beside: Container[str] = ()) -> None:
+    """Raises: RequestError for a field of a dataclass that holds another type than it says. Nothing is converted.
+
+    Fields in `beside` are not looked at.
+    """
+    for name, kind in _hints(type(instance)).items():
+        if name not in beside and not _holds(getattr(instance, name), kind):
+            raise RequestError(f"{name} must be {_type_name(kind)}, not {getattr(instance, name)!r}")
+
+
+def _holds(value: Any, kind: Any) -> bool:
+    """Whether `value` is of this type; a whole number is a number, true and false are none."""
+    arguments = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_holds(value, member) for member in arguments)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_holds(item, arguments[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(
+            _holds(key, arguments[0]) and _holds(item, arguments[1]) for key, item in value.items()
+        )
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _type_name(kind: Any) -> str:

@@ -121,6 +121,13 @@ def gptj() -> PreTrainedModel:
     return _seeded(lambda: transformers.GPTJForCausalLM(config))
 
 
+def mamba() -> PreTrainedModel:
+    config = transformers.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4, tie_word_embeddings=False
+    )
+    return _seeded(lambda: transformers.MambaForCausalLM(config))
+
+
 def mixtral() -> PreTrainedModel:
     config = transformers.MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2)
     return _seeded(lambda: transformers.MixtralForCausalLM(config))

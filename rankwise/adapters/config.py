@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+from rankwise.config import check_types
 from rankwise.errors import RequestError, did_you_mean
 
 ALL_LINEAR = "all-linear"
 STARTS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+"""Names that `init_lora_weights` takes besides true (kaiming), false (random B), `pissa_niter_N` and DATA_STARTS."""
 DATA_STARTS = ("eva", "lora_ga")
 """Starts from what data say about a layer: a run measures it, see `rankwise.ranks.spectrum`."""
-"""Names that `init_lora_weights` takes besides true (kaiming), false (random B), `pissa_niter_N` and DATA_STARTS."""
 BIASES = ("none", "all", "lora_only")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -53,6 +54,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         self._normalise()
+        check_types(self, beside=("r", "lora_alpha"))  # which say below what they must be
         for name, value, known in (
             ("kind", self.kind, ("lora",)),
             ("bias", self.bias, BIASES),
@@ -95,7 +97,8 @@ class LoraConfig:
 
         Raises: RequestError for text where a list is meant.
         """
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
+        lists = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+        for name in (*lists, "trainable_token_indices"):
             value = getattr(self, name)
             if type(value) in (set, frozenset, tuple):
                 items = cast("Iterable[str]", value)

@@ -23,6 +23,9 @@ from rankwise.errors import RequestError
 ATTRIBUTE = "rankwise_attachment"
 """Name under which an attached model holds its Attachment."""
 
+WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+"""Modules of torch around a whole model (`torch.compile` gives the first), and where in them it is."""
+
 
 @final
 class Attachment(nn.Module):
@@ -160,8 +163,19 @@ def need_attachment(model: nn.Module) -> Attachment:
     """The model's Attachment. Raises: RequestError when nothing is attached."""
     attachment = attachment_of(model)
     if attachment is None:
+        refuse_wrapper(model)
         raise RequestError(f"no adapter is attached to this {type(model).__name__}; call rankwise.attach first")
     return attachment
+
+
+def refuse_wrapper(model: nn.Module) -> None:
+    """Raises: RequestError for a wrapper around a model, under whose names an adapter would be of no use elsewhere."""
+    kind = type(model)
+    if kind.__module__.startswith("torch.") and kind.__name__ in WRAPPERS:
+        raise RequestError(
+            f"this {kind.__name__} is torch's wrapper around a model: give the model inside, .{WRAPPERS[kind.__name__]}"
+            " (attach first, wrap or compile then)"
+        )
 
 
 def need_active(model: nn.Module, action: str) -> Attachment:

@@ -160,7 +160,9 @@ def read_config(folder: Path_) -> LoraConfig:
             f"into one by `rankwise fold {folder} --out DIR`"
         )
     if text is None:
-        reason = "is not a folder" if not Path(folder).is_dir() else f"has no {peft_format.CONFIG_FILE}"
+        reason = f"has no {peft_format.CONFIG_FILE}"
+        if not Path(folder).is_dir():
+            reason = "is not a folder; fetch one of the Hub first, by `hf download NAME --local-dir FOLDER`"
         raise RequestError(f"'{folder}' is not an adapter: it {reason}")
     config = _config(text, str(folder))
     own = copy(config)  # with lists of the caller's own: what is remembered must not change with them

@@ -1,7 +1,7 @@
 """Methods of a transformers model that would do harm to an attached one, and what stands in for them.
 
-They are functions with the model as their first argument, bound by `Guard`: copies and pickles of an attached model have
-their own, and the model does not hold itself, so that its memory is free once nobody else holds it.
+They are functions with the model as their first argument, bound by `Guard`: copies and pickles of an attached model
+have their own, and the model does not hold itself, so that its memory is free once nobody else holds it.
 """
 
 from __future__ import annotations

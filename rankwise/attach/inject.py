@@ -26,6 +26,7 @@ from rankwise.attach.attachment import (
     need_active,
     need_attachment,
     plain_parameters,
+    refuse_wrapper,
     replace_modules,
     unchanged_on_error,
 )
@@ -35,16 +36,14 @@ from rankwise.attach.readers import join_readers
 from rankwise.attach.swiglu import split_mlps
 from rankwise.attach.targets import (
     HEADS,
-    embedding_ends,
     find_targets,
-    fits,
     is_all_linear,
     modules_to_save,
-    refuse_unmatched,
     shortest_names,
     weight_share_left_out,
     with_task_heads,
 )
+from rankwise.attach.token_rows import refuse_quantized, refuse_twice, token_rows
 from rankwise.attach.vocabulary import restore_vocabulary
 from rankwise.attach.wide import compute_as_before, compute_wide, is_narrow
 from rankwise.errors import RequestError
@@ -56,7 +55,6 @@ from rankwise.quantized import (
     keep_unpacked,
     num_weights,
     plain_layer,
-    storage_of,
     unpack,
 )
 
@@ -75,12 +73,24 @@ def attach(
     `generator` draws the start (torch's global one by default). `directions`: what data say about each layer, for the
     starts `eva` and `lora_ga`.
 
-    Raises: RequestError, with the model as it was, for targets that match nothing or can't be adapted, or a model that
-        is attached already.
+    Raises: RequestError, with the model as it was, for targets that match nothing or can't be adapted, a model that is
+        attached already, or a wrapper around one (`torch.compile`'s).
     """
+    _check_kinds(model, config)
     unpack(model)
     with unchanged_on_error(model):
         return inject(model, config, generator, start=True, directions=directions or {})
+
+
+def _check_kinds(model: object, config: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"attach takes a model, not {model!r}; load it first, by transformers' from_pretrained")
+    if not isinstance(config, LoraConfig):
+        kind = f"{type(config).__module__}.{type(config).__qualname__}".removeprefix("builtins.")
+        raise RequestError(
+            f"attach takes rankwise's own LoraConfig, not {kind}; its fields have PEFT's names: "
+            "rankwise.LoraConfig(r=16, lora_alpha=32)"
+        )
 
 
 def inject(
@@ -95,7 +105,7 @@ def inject(
     config = with_task_heads(config)
     targets = find_targets(model, config, strict=start)
     whole = modules_to_save(model, config, strict=start)
-    _refuse_quantized(model, whole, "modules_to_save")
+    refuse_quantized(model, whole, "modules_to_save")
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     layers: dict[str, AdapterLayer] = {}
     for target in targets:
@@ -104,8 +114,8 @@ def inject(
         if start or start_name(config.init_lora_weights) in TAKEN_FROM_BASE:
             layer.start_(own, generator, (directions or {}).get(target.name))
         layers[target.name] = layer
-    layers.update(_token_rows(model, config, layers))
-    _check_once(whole, layers)
+    layers.update(token_rows(model, config, layers))
+    refuse_twice(whole, layers)
     exchanged = _biases(model, config, [target.name for target in targets], strict=start)
     inside = [f"{name}.{part}" for name in whole for part in model.get_submodule(name).state_dict()]
     exchanged += inside
@@ -137,6 +147,7 @@ def inject(
 
 
 def _refuse_attached(model: nn.Module) -> None:
+    refuse_wrapper(model)
     if attachment_of(model) is not None:
         raise RequestError(
             f"an adapter is attached to this {type(model).__name__} already; detach or merge it first, or load another "
@@ -159,58 +170,6 @@ def _settled(model: nn.Module, config: LoraConfig, names: list[str]) -> LoraConf
         base = model.name_or_path or None
     targets = shortest_names(names, model) if is_all_linear(config) else config.target_modules
     return config.with_(target_modules=targets, base_model_name_or_path=base)
-
-
-def _token_rows(model: nn.Module, config: LoraConfig, layers: Mapping[str, AdapterLayer]) -> dict[str, TokenRows]:
-    """Layers for `trainable_token_indices`: a list means the input embedding; a tied head follows it."""
-    wanted = config.trainable_token_indices
-    if wanted is None:
-        return {}
-    modules = dict(model.named_modules())
-    first = next(iter(embedding_ends(model)), None)
-    if isinstance(wanted, list):
-        if first is None:
-            raise RequestError(
-                "trainable_token_indices as a list needs a model with an input embedding, which "
-                f"{type(model).__name__} does not say it has; name the embedding instead"
-            )
-        wanted = {next(name for name, module in modules.items() if module is first): wanted}
-    refuse_unmatched("trainable_token_indices", wanted, modules)
-    _refuse_quantized(model, [name for name in modules if fits(list(wanted), name)], "trainable_token_indices")
-    found: dict[str, TokenRows] = {}
-    for name, indices in [(name, wanted[entry]) for entry in wanted for name in modules if fits([entry], name)]:
-        if name in layers:
-            raise RequestError(f"'{name}' is in target_modules and in trainable_token_indices; choose one")
-        found[name] = TokenRows(modules[name], indices, name)
-        if modules[name] is not first:
-            continue  # as in PEFT, only the input embedding takes along what is tied to it
-        for tied_name, tied in modules.items():
-            if tied is first or tied._parameters.get("weight") is not found[name].weight:
-                continue
-            if tied_name in layers:
-                raise RequestError(f"'{tied_name}' is tied to '{name}' with trainable rows and can't be a target too")
-            found[tied_name] = TokenRows(tied, indices, tied_name, source=found[name])
-    return found
-
-
-def _refuse_quantized(model: nn.Module, names: list[str], option: str) -> None:
-    for name in names:
-        for inner, module in model.get_submodule(name).named_modules(prefix=name):
-            if (storage := storage_of(module)) is not None:
-                raise RequestError(
-                    f"{option} names '{name}', whose weight '{inner}.weight' is stored in {storage} and can't be "
-                    "trained; leave it out, load the model unquantised, or keep this part plain where you load it "
-                    f"yourself (BitsAndBytesConfig: llm_int8_skip_modules=['{name}'])"
-                )
-
-
-def _check_once(whole: list[str], layers: Mapping[str, AdapterLayer]) -> None:
-    for module_name in whole:
-        for name, layer in layers.items():
-            if f"{name}.".startswith(f"{module_name}."):
-                option = "trainable_token_indices" if isinstance(layer, TokenRows) else "target_modules"
-                option += " (tied to the embedding)" if isinstance(layer, TokenRows) and layer.is_tied else ""
-                raise RequestError(f"'{name}' is in modules_to_save and in {option}; choose one")
 
 
 def _biases(model: nn.Module, config: LoraConfig, adapted: list[str], strict: bool) -> list[str]:
@@ -311,9 +270,12 @@ def merge_in(model: Model, dtype: torch.dtype | None = None, keep_tied: bool = F
     `keep_tied` that is refused instead. `dtype`: of the whole merged model (the base's own by default). A base in 8 or
     4 bits becomes an ordinary model of dequantised layers, the adapted ones and the others.
 
-    Raises: RequestError when nothing is attached, when `keep_tied` can't be kept, or inside `disabled`.
+    Raises: RequestError when nothing is attached, when `keep_tied` can't be kept, inside `disabled`, or for a dtype
+        that is none of floating-point numbers.
     """
     attachment = need_active(model, "merge")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise RequestError(f"a model can't be merged into dtype {dtype!r}; give one such as torch.bfloat16")
     layers = adapter_layers(model)
     shared = _parted(model, attachment)
     if shared and keep_tied:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.config import ALL_LINEAR, LoraConfig
 from rankwise.adapters.layers import LAYER_KINDS, LayerKind, layer_kind
+from rankwise.attach.uncalled import why_uncalled
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.quantized import foreign_storage, num_weights
 
@@ -55,6 +56,7 @@ def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> l
     linear = _all_linear(model, config, modules) if is_all_linear(config) else None
     matched = [name for name in names if _matches(config, name, linear)]
     if not matched:
+        _check_numbers(config, names, matched)
         adaptable = sorted({name.rsplit(".", 1)[-1] for name in names if layer_kind(modules[name]) is not None})
         raise RequestError(
             f"target_modules={config.target_modules!r} with its exclusions and layer numbers selects no layer"
@@ -63,6 +65,7 @@ def find_targets(model: nn.Module, config: LoraConfig, strict: bool = True) -> l
     targets = [_target(config, name, modules[name]) for name in matched]
     _check_usable(model, modules, targets)
     if strict:
+        _check_called(modules, matched)
         _check_numbers(config, names, matched)
         _check_patterns(config, matched)
     return targets
@@ -87,7 +90,7 @@ def refuse_unmatched(option: str, given: str | Iterable[str], names: Iterable[st
 
 
 def is_all_linear(config: LoraConfig) -> bool:
-    """Whether the targets are every linear layer but the output head."""
+    """Whether the targets are every linear layer that is called, but the output head."""
     return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
@@ -162,7 +165,8 @@ def _all_linear(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Modu
     if isinstance(model, PreTrainedModel) and not left_out and config.task_type == "SEQ_CLS":
         left_out = [modules[name] for name in CLASSIFIER_HEADS if name in modules]
     linear = {name: module for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))}
-    return {name for name, module in linear.items() if not any(module is head for head in left_out)}
+    called = {name: module for name, module in linear.items() if name and why_uncalled(name, modules) is None}
+    return {name for name, module in called.items() if not any(module is head for head in left_out)}
 
 
 def _matches(config: LoraConfig, name: str, linear: Collection[str] | None = None) -> bool:
@@ -206,6 +210,14 @@ def _check_numbers(config: LoraConfig, names: list[str], matched: list[str]) -> 
         )
 
 
+def _check_called(modules: dict[str, nn.Module], matched: list[str]) -> None:
+    for name in matched:
+        if (reason := why_uncalled(name, modules)) is not None:
+            raise RequestError(
+                f"'{name}' can't be adapted: {reason}, and an adapter there would do nothing; exclude it"
+            )
+
+
 def _check_patterns(config: LoraConfig, matched: list[str]) -> None:
     for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:
@@ -239,6 +251,11 @@ def _check_usable(model: nn.Module, modules: dict[str, nn.Module], targets: list
             raise RequestError(
                 f"'{target.name}' is a grouped convolution (groups={target.module.groups}), whose low-rank change "
                 "can't be merged; exclude it"
+            )
+        if isinstance(target.module, nn.Embedding) and target.module.max_norm is not None:
+            raise RequestError(
+                f"'{target.name}' is an embedding with max_norm={target.module.max_norm:g}, which writes into its own "
+                "weight whenever it is called, and would cut a merged one again; exclude it"
             )
         if isinstance(target.module, NonDynamicallyQuantizableLinear):
             raise RequestError(

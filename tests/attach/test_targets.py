@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from rankwise.adapters.config import LoraConfig
-from rankwise.attach.inject import attach, describe, ranks
+from rankwise.attach.inject import attach, describe, merge_in, ranks
 from rankwise.attach.targets import find_targets
+from rankwise.attach.uncalled import ALWAYS_READ, READ_BY_KERNELS
 from rankwise.errors import RequestError
 from tests import tiny
 from tests.attach.snapshots import assert_unchanged, snapshot
@@ -173,7 +178,7 @@ REFUSED = [
     (tiny.llama, {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
      "layers_to_transform names layer 2, which has no target; layers with one: 0, 1"),
     (tiny.llama, {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "block"},
-     "selects no layer"),
+     "has no target under layers_pattern='block'; layers with one: none"),
     (tiny.llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_hed"]},
      "modules_to_save names 'lm_hed', which matches no module; did you mean 'lm_head'"),
     (tiny.llama, {"target_modules": ["q_proj"], "modules_to_save": ["_proj"]},
@@ -213,6 +218,13 @@ REFUSED = [
     (Odd, {"target_modules": ["transposed"]}, "is a ConvTranspose1d, which can't be adapted"),
     (Odd, {"target_modules": ["linear1"]}, "'encoder.linear1' is inside nn.TransformerEncoderLayer, whose fast path"),
     (Odd, {"target_modules": ["linear"], "trainable_token_indices": [1]}, "which Odd does not say it has"),
+    (tiny.mamba, {"target_modules": ["dt_proj"]}, "mixer.dt_proj' can't be adapted: MambaMixer reads its weight and"),
+    (tiny.mamba, {"target_modules": ["out_proj", "in_proj"]}, "on CUDA a fused kernel of MambaMixer reads its"),
+    (lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), {"target_modules": ["0"]}, "embedding with max_norm=1"),
+    (tiny.llama, {"target_modules": ["q_proj"], "layers_to_transform": -1},
+     "layers_to_transform names layer -1, which has no target; layers with one: 0, 1"),
+    (lambda: torch.compile(tiny.llama()), {}, "this OptimizedModule is torch's wrapper around a model: give the model"),
+    (lambda: nn.DataParallel(tiny.llama()), {}, "this DataParallel is torch's wrapper around a model: give the model"),
 ]  # fmt: skip
 
 
@@ -325,3 +337,95 @@ def test_attaching_around_or_inside_an_attached_model_is_refused():
     attach(model.model, LoraConfig(r=2))
     with pytest.raises(RequestError, match="a part of this LlamaForCausalLM already"):
         attach(model, LoraConfig(r=2))
+
+
+# --- layers that are read and never called -------------------------------------------------------------------------
+
+
+def test_all_linear_leaves_out_what_mamba_reads_without_a_call():
+    """An adapter on dt_proj got no gradient, and merging it changed the outputs all the same."""
+    model = attach(tiny.mamba(), LoraConfig(r=2, init_lora_weights=False))
+    assert set(ranks(model)) == {f"backbone.layers.{i}.mixer.in_proj" for i in range(2)}
+    out = model(input_ids=tiny.token_ids()).logits
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    assert torch.allclose(merge_in(model)(input_ids=tiny.token_ids()).logits, out, atol=1e-5)
+
+
+def test_layers_that_are_never_called_are_read_where_the_tables_say():
+    """In transformers' own sources, so that a new version that renames them is noticed."""
+    families = [
+        "bamba", "conditional_detr", "dab_detr", "detr", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba",
+        "layoutlmv2", "longcat_flash", "mamba", "mamba2", "maskformer", "mobilebert", "nemotron_h", "neomme",
+        "wav2vec2", "wavlm", "zamba2",
+    ]  # fmt: skip
+    folder = Path(transformers.models.__file__).parent
+    sources = "\n".join((folder / family / f"modeling_{family}.py").read_text() for family in families)
+    classes = {match[1]: match.start() for match in re.finditer(r"^class (\w+)\(", sources, re.MULTILINE)}
+    for owner, leaves in [*ALWAYS_READ.items(), *READ_BY_KERNELS.items()]:
+        body = re.split(r"^class ", sources[classes[owner] + 1 :], maxsplit=1, flags=re.MULTILINE)[0]
+        for leaf in leaves:
+            assert f"self.{leaf}.weight" in body, f"{owner}.{leaf}"
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_dropout": "0.1"}, "lora_dropout must be a number, not '0.1'"),
+        ({"lora_dropout": None}, "lora_dropout must be a number, not None"),
+        ({"use_rslora": "false"}, "use_rslora must be true or false, not 'false'"),
+        ({"use_dora": 1}, "use_dora must be true or false, not 1"),
+        ({"init_lora_weights": None}, "init_lora_weights must be true or false or text, not None"),
+        ({"rank_pattern": None}, "rank_pattern must be a mapping, each value a whole number, not None"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern must be a mapping"),
+        ({"target_modules": [1]}, "target_modules must be text or a list, each item text, not [1]"),
+        ({"trainable_token_indices": ["a"]}, "trainable_token_indices must be a list, each item a whole number or a"),
+        ({"target_modules": ["q"], "layers_to_transform": "0"}, "layers_to_transform must be a whole number or a list"),
+        ({"target_modules": ["q"], "layers_to_transform": 1.0}, "layers_to_transform must be a whole number or a list"),
+    ],
+    ids=str,
+)
+def test_values_of_another_type(options, message):
+    with pytest.raises(RequestError) as caught:
+        LoraConfig(**options)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- what is given -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            (tiny.llama, peft.LoraConfig(r=2)),
+            "attach takes rankwise's own LoraConfig, not peft.tuners.lora.",
+        ),
+        ((tiny.llama, {"r": 2}), "attach takes rankwise's own LoraConfig, not dict"),
+        ((lambda: "gpt2", LoraConfig()), "attach takes a model, not 'gpt2'; load it first"),
+    ],
+    ids=["config-of-peft", "dict", "name"],
+)
+def test_what_is_no_model_or_no_configuration(given, message):
+    build, config = given
+    with pytest.raises(RequestError) as caught:
+        attach(build(), config)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_wrapper_is_told_from_a_model_without_an_adapter():
+    model = attach(tiny.llama(), LoraConfig(r=2))
+    with pytest.raises(RequestError, match=r"wrapper around a model: give the model inside, \._orig_mod"):
+        ranks(torch.compile(model))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8])
+@pytest.mark.unchecked
+def test_merging_into_what_is_no_floating_dtype(dtype):
+    model = attach(tiny.llama(), LoraConfig(r=2))
+    before = snapshot(model)
+    with pytest.raises(RequestError, match=r"give one such as torch\.bfloat16"):
+        merge_in(model, dtype=dtype)
+    assert_unchanged(model, before)
