@@ -56,6 +56,7 @@ from rankwise.attach.attachment import (
     replace_modules,
     unchanged_on_error,
 )
+from rankwise.attach.bases import check_bases, model_weight_hashes
 from rankwise.attach.checkpoint import load_adapter
 from rankwise.attach.guards import guard_methods
 from rankwise.attach.inferring import infer_tasks_of
@@ -100,8 +101,8 @@ def attach_gate(
         shared: an adapter that takes part whatever the task is.
         generator: draws the starts of fresh ones.
 
-    Raises: RequestError, with the model as it was, for adapters that don't fit the model or can't be put together, and
-        for settings of the gate without effect.
+    Raises: RequestError, with the model as it was, for adapters that don't fit the model, are of another base (by the
+        hashes in their runs' provenance.json) or can't be put together; for settings of the gate without effect.
     """
     gate = gate or GateConfig()
     check_names(adapters)
@@ -113,6 +114,8 @@ def attach_gate(
     with unchanged_on_error(model):
         parts = {name: taken_out(model, source, name, generator) for name, source in adapters.items()}
         common = {} if shared is None else {SHARED: taken_out(model, shared, SHARED, generator)}
+        every = {**adapters, **({} if shared is None else {SHARED: shared})}
+        check_bases(every, lambda: model_weight_hashes(model))
         return assemble(model, parts, common, gate)
 
 

@@ -15,6 +15,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -82,8 +83,16 @@ class CommandModule(Protocol):
         ...
 
 
+NEGATIVE = re.compile(r"-((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf(inity)?|nan)$", re.IGNORECASE)
+"""A number below 0, as `float` reads it."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are RequestErrors: one line, exit code 2."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._negative_number_matcher = NEGATIVE  # argparse's own takes -1e-3 for a flag
 
     def error(self, message: str) -> NoReturn:
         """Raises what argparse would print."""

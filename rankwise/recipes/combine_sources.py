@@ -13,12 +13,12 @@ from torch import Tensor
 from rankwise.adapters.config import LoraConfig, start_name
 from rankwise.adapters.low_rank import scale_of
 from rankwise.adapters.starts import TAKEN_FROM_BASE
+from rankwise.attach.bases import base_record, weight_hashes
 from rankwise.attach.checkpoint import read_config, read_head, read_tensors
 from rankwise.attach.peft_format import CONFIG_FILE
 from rankwise.attach.targets import alpha_in, rank_in
 from rankwise.errors import RequestError
 from rankwise.recipes.inspect import FACTOR_NAMES, factors, is_trained
-from rankwise.recipes.names import PROVENANCE_FILE
 from rankwise.recipes.target import adapter_folder
 from rankwise.tasks.methods import Part
 
@@ -98,21 +98,7 @@ def read_source(name: str) -> Source:
         layers[module] = Layer(A, B, scale_of(alpha_in(config, module), rank, config.use_rslora), ends)
     used = {module + end for module, layer in layers.items() for end in layer.ends}
     whole = {key: tensor for key, tensor in tensors.items() if key not in used}
-    return Source(name, folder, config, layers, whole, read_head(folder), _base(folder), fields)
-
-
-def _base(folder: Path) -> dict[str, Any] | None:
-    """What the provenance beside the adapter, or of its run, says of the base."""
-    for place in (folder, folder.parent):
-        file = place / PROVENANCE_FILE
-        if file.is_file():
-            try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-            except (ValueError, OSError) as error:
-                raise RequestError(f"'{file}' can't be read: {error}") from None
-            base = found.get("base") if isinstance(found, dict) else None
-            return base if isinstance(base, dict) else None
-    return None
+    return Source(name, folder, config, layers, whole, read_head(folder), base_record(folder), fields)
 
 
 # --- whether they go together --------------------------------------------------------------------------------------
@@ -144,7 +130,7 @@ def check_together(sources: Sequence[Source], base: str | None) -> None:
 
 
 def _check_bases(first: Source, other: Source, base: str | None) -> None:
-    mine, theirs = _weights(first), _weights(other)
+    mine, theirs = weight_hashes(first.base), weight_hashes(other.base)
     if mine and theirs:
         names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         if names:
@@ -160,12 +146,6 @@ def _check_bases(first: Source, other: Source, base: str | None) -> None:
             f"'{first.name}' is an adapter of '{names_of[0]}' and '{other.name}' of '{names_of[1]}'; if that is one "
             "model under two names, say so by --base"
         )
-
-
-def _weights(source: Source) -> dict[str, str]:
-    """Hashes of the base's weight files, by name; empty where they are not known."""
-    files = (source.base or {}).get("files") or {}
-    return {name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")}
 
 
 def _base_name(source: Source) -> str | None:

@@ -133,7 +133,7 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     model = _model_in_step(run, precision, data, device, say, checkpoint is not None)
     run = with_measured_plan(run, ranks(model))
     settings["ranks.plan"] = run.ranks.plan
-    tasks = tasks_of_run(run, model, data)
+    tasks = tasks_of_run(run, model, data, say)
     order: RowOrder | TaskOrder = (
         RowOrder(data.shares, run.train.batch_size, run.train.num_rows(num_rows), run.train.seed)
         if tasks is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate, pairwise
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from rankwise.adapters.gate_config import INFERRED
 from rankwise.attach.attachment import need_attachment
+from rankwise.attach.bases import check_bases, weight_hashes
 from rankwise.attach.gates import Part, taken_out
 from rankwise.attach.inject import attach, detach
 from rankwise.data.example import Example
@@ -20,23 +20,23 @@ from rankwise.data.packing import epoch_order
 from rankwise.data.tasked import TaskExamples
 from rankwise.errors import RequestError
 from rankwise.recipes.finetune_data import RunData
-from rankwise.recipes.names import PROVENANCE_FILE
 from rankwise.recipes.provenance import model_hashes
 from rankwise.recipes.run import RunConfig
 from rankwise.recipes.task_conflict import STREAM, ConflictMeter
 from rankwise.recipes.task_layers import Beginning
 from rankwise.recipes.task_run import TaskRun
 from rankwise.recipes.task_stages import TaskStages
+from rankwise.say import Say
 from rankwise.train.batches import MicroBatches
 from rankwise.train.objective import Objective
 from rankwise.train.rng import untouched
-from rankwise.train.state import CHECKPOINTS, Checkpoint
+from rankwise.train.state import Checkpoint
 
 MOST_ROUTED = 500
 """Rows of each task that an inferred gate's classifier learns from, at most."""
 
 
-def tasks_of_run(run: RunConfig, model: PreTrainedModel, data: RunData) -> TaskStages | None:
+def tasks_of_run(run: RunConfig, model: PreTrainedModel, data: RunData, say: Say) -> TaskStages | None:
     """The tasks and stages of a run whose plain adapter is attached; None for a run without tasks.
 
     Raises: RequestError for stages that don't fit the run's length, or adapters that don't fit the model.
@@ -58,7 +58,7 @@ def tasks_of_run(run: RunConfig, model: PreTrainedModel, data: RunData) -> TaskS
     standing = TaskRun(run, data.training.sizes)
     given = None
     if run.tasks.adapters is not None:
-        given = _given_adapters(run, model)
+        given = _given_adapters(run, model, say)
     return TaskStages(standing, model, given)
 
 
@@ -113,19 +113,18 @@ def _prompts(rows: Sequence[Example], seed: int) -> list[Sequence[int]]:
     return [example.prompt_ids or example.input_ids for example in chosen]
 
 
-def _given_adapters(run: RunConfig, model: PreTrainedModel) -> dict[str, Part]:
+def _given_adapters(run: RunConfig, model: PreTrainedModel, say: Say) -> dict[str, Part]:
     """The adapter that each task begins with. The plain one is attached again after them.
 
     Raises: RequestError for one of another base, of other layers, or that can't be one of several.
     """
     assert run.tasks.adapters is not None
     beginning = Beginning.of(model)
-    own_hashes = _weights_of(model_hashes(model, run.model.revision))
+    check_bases(run.tasks.adapters, lambda: weight_hashes(model_hashes(model, run.model.revision)), say)
     detach(model)
     found: dict[str, Part] = {}
     for name in run.tasks.names:
         folder = Path(run.tasks.adapters[name])
-        _check_base(name, folder, own_hashes)
         part = taken_out(model, folder, name)
         if part.factors.keys() != beginning.ranks.keys():
             other = next(iter(part.factors.keys() ^ beginning.ranks.keys()))
@@ -143,31 +142,3 @@ def _given_adapters(run: RunConfig, model: PreTrainedModel) -> dict[str, Part]:
     attach(model, beginning.config, generator=torch.Generator().manual_seed(run.train.seed))
     need_attachment(model).head = beginning.head
     return found
-
-
-def _weights_of(record: dict[str, object]) -> dict[str, str]:
-    """The hashes of a base's weight files, from a record of provenance."""
-    files = record.get("files")
-    if not isinstance(files, dict):
-        return {}
-    return {str(name): str(file["sha256"]) for name, file in files.items() if str(name).endswith(".safetensors")}
-
-
-def _check_base(name: str, folder: Path, own: dict[str, str]) -> None:
-    """Raises: RequestError when the run that an adapter is of says that its base was another one."""
-    above = folder.absolute().parents
-    places = [above[0]] + ([above[2]] if len(above) > 2 and above[1].name == CHECKPOINTS else [])
-    record = next((place / PROVENANCE_FILE for place in places if (place / PROVENANCE_FILE).is_file()), None)
-    if record is None:
-        return
-    try:
-        base = json.loads(record.read_text(encoding="utf-8"))["base"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"tasks.adapters: '{record}' of '{name}' can't be read: {error}") from None
-    theirs = _weights_of(base)
-    if theirs and own and theirs != own:
-        raise RequestError(
-            f"tasks.adapters: '{name}' ('{folder}') was trained on another base, {base.get('name')} "
-            f"(sha256 {next(iter(theirs.values()))[:12]}), than this run's (sha256 {next(iter(own.values()))[:12]}); "
-            "use adapters of one base"
-        )

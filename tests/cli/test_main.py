@@ -178,3 +178,26 @@ def test_every_command_keeps_the_contract(name):
     assert callable(module.run) and callable(module.show)
     flags = {flag for action in parser._actions for flag in action.option_strings}
     assert "--json" not in flags, "cli.main adds it"
+
+
+@pytest.mark.parametrize("number", ["-1", "-0.5", "-.5", "-2.", "-1e-3", "-1E+3", "-2.5e-05", "-inf", "-nan"])
+def test_numbers_below_zero_are_values(number):
+    parser = cli.Parser("p")
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--weights", nargs="+", type=float)
+    parser.add_argument("--below", type=float)
+    for line in (["a", "b", "--weights", "1", number], ["--weights", number, "1", "--below", number, "--", "a", "b"]):
+        args = cli.parse(parser, line)
+        assert args.names == ["a", "b"] and str(float(number)) in [str(weight) for weight in args.weights]
+    with pytest.raises(RequestError, match="does not take '-e3'"):
+        cli.parse(parser, ["a", "-e3"])
+
+
+def test_commands_take_numbers_below_zero(capsys):
+    for line, message in (
+        (["combine", "no", "none", "--weights", "1", "-1e-3", "--out", "x"], "there is no run or adapter folder 'no'"),
+        (["conflict", "no", "--below", "-1e-1"], "'no' is no run's folder"),
+        (["conflict", "no", "--below", "-1e1"], "--below is a cosine"),
+    ):
+        assert cli.main(line) == 2
+        assert message in capsys.readouterr().err, line
