@@ -43,6 +43,11 @@ def show(result: dict[str, Any]) -> None:
     if losses := tasks.get("losses"):
         each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         print(f"tasks: {each}; mean {tasks['mean']:.4f}, worst {tasks['worst']}")
+    if new := tasks.get("extended"):
+        print(
+            f"new tasks {', '.join(new['tasks'])}: {new['parameters']:,} numbers, {new['share_of_adapter']:.2%} of the "
+            f"adapter, in {new['train_s']:.1f} s"
+        )
     if result["stopped_early"]:
         print("stopped early: the validation loss no longer fell")
     if result["adapter_step"] != result["steps"]:

@@ -33,7 +33,9 @@ from rankwise.recipes.provenance import adapter_hashes
 from rankwise.recipes.rank_map import vllm_max_lora_rank
 from rankwise.recipes.resume import usable_checkpoint
 from rankwise.recipes.run import RunConfig, flat_settings, rank_hint, read_run, run_yaml
+from rankwise.recipes.task_extend import cost_of_extension
 from rankwise.recipes.task_hooks import stage_plans, task_hooks
+from rankwise.recipes.task_stages import TaskStages
 from rankwise.say import Say, silent, to_stderr
 from rankwise.train.batches import InStep
 from rankwise.train.interrupt import Interrupted, StopRequest
@@ -219,12 +221,18 @@ def _summary(job: Job, folder: RunFolder, adapter_step: int) -> dict[str, Any]:
         "stopped_early": progress.step < job.plan.num_steps,
         "tokens_per_s": progress.num_tokens / progress.train_s,
         "peak_memory_bytes": peak_memory_bytes(job.model.device),
-        "trainable_parameters": sum(parameter.numel() for parameter in adapter_parameters(job.model).values()),
+        "trainable_parameters": sum(p.numel() for p in adapter_parameters(job.model).values() if p.requires_grad),
         "vllm_max_lora_rank": vllm_max_lora_rank(highest),
         "resumed_from": job.resumed_from,
         "skipped_rows": sum(part.num_skipped for part in (job.data.train, job.data.valid) if part is not None),
-        **({} if job.tasks is None else {"tasks": job.tasks.run.summary()}),
+        **({} if job.tasks is None else {"tasks": _tasks_summary(job, job.tasks)}),
     }
+
+
+def _tasks_summary(job: Job, tasks: TaskStages) -> dict[str, Any]:
+    if job.run.tasks.extend is None:
+        return tasks.run.summary()
+    return {**tasks.run.summary(), "extended": cost_of_extension(job.run, job.model, job.progress.train_s)}
 
 
 def saved_factors(adapter: Path) -> list[tuple[Tensor, Tensor]]:

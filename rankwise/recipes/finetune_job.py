@@ -42,7 +42,8 @@ from rankwise.recipes.provenance import data_hashes, provenance
 from rankwise.recipes.rank_movers import rank_mover
 from rankwise.recipes.resume import as_begun, check_length, check_settings, run_precision, training_settings
 from rankwise.recipes.run import RunConfig, StartFrom, check_task_type, with_section
-from rankwise.recipes.run_tasks import several_adapters
+from rankwise.recipes.run_tasks import extended_folder, several_adapters
+from rankwise.recipes.task_extend import attach_extended, check_extended
 from rankwise.recipes.task_run import check_same_stages
 from rankwise.recipes.task_setup import begin_tasks, rehearse, tasks_of_run
 from rankwise.recipes.task_stages import TaskStages
@@ -102,6 +103,7 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     Raises: RequestError for anything wrong with the request; with a checkpoint, also when its settings differ.
     """
     with distributed.together():
+        check_extended(run)
         device = choose_device(run.model.device)
         check_task(run.model, run.train.needs.task)
         check_spread(objective_of(run.train), run.train.objective, run.train.sharding)
@@ -161,6 +163,8 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     if is_state_shared(run.train, adapter_parameters(model)):
         share_state(optimizer)
     start = Path(run.adapter.folder) if isinstance(run.adapter, StartFrom) else None
+    if run.tasks.extend is not None:
+        start = extended_folder(run.tasks.extend)
     record = distributed.from_first(
         lambda: provenance(model, run.model.revision, hashes, start, checkpoint.step if checkpoint else None)
     )
@@ -262,7 +266,10 @@ def _attached_model(run: RunConfig, precision: Precision, data: RunData, say: Sa
     if isinstance(run.adapter, StartFrom):
         task_type = read_config(run.adapter.folder).task_type
         check_task_type(task_type, f"task_type of '{run.adapter.folder}'", run.train.objective)
-        load_adapter(model, run.adapter.folder, trainable=True)
+        if run.tasks.extend is None:
+            load_adapter(model, run.adapter.folder, trainable=True)
+        else:
+            attach_extended(model, run, say)
         attachment = need_attachment(model)  # the result is of the model that it is trained on now
         attachment.config = attachment.config.with_(
             base_model_name_or_path=_base_name(run), revision=run.model.revision

@@ -51,6 +51,11 @@ def _adapter_lines(run: RunConfig, model: PreTrainedModel) -> list[str]:
     where = ""
     if isinstance(run.adapter, StartFrom):
         where = f", from '{run.adapter.folder}' (made for {read_config(run.adapter.folder).base_model_name_or_path})"
+    if run.tasks.extend is not None:
+        return [
+            f"adapter   {counted(found['layers'], 'layer')}, {rank_text}: {found['parameters']:,} parameters, of which "
+            f"the vectors of {', '.join(run.tasks.names)} are trained{where}"
+        ]
     lines = [
         f"adapter   {counted(found['layers'], 'layer')}, {rank_text}: {found['parameters']:,} trainable parameters, "
         f"{found['share_of_model']:.2%} of all{where}"

@@ -27,6 +27,7 @@ from rankwise.recipes.run_tasks import (
     absolute_task_paths,
     adapter_of_tasks,
     check_tasks,
+    shared_of_extended,
     with_task_files,
     without_task_files,
 )
@@ -245,8 +246,13 @@ def build_run(document: Mapping[str, Any]) -> RunConfig:
     output = document.get("output")
     if output is not None and not isinstance(output, str):
         raise RequestError(f"output must be a folder, not {output!r}")
-    adapters: dict[str, str] | None = sections["tasks"].adapters
-    adapter = _adapter(document.get("adapter")) if adapters is None else adapter_of_tasks(document, adapters)
+    tasks: TasksConfig = sections["tasks"]
+    if tasks.extend is not None and tasks.data:
+        adapter = StartFrom(shared_of_extended(document, tasks.extend))
+    elif tasks.adapters is not None:
+        adapter = adapter_of_tasks(document, tasks.adapters)
+    else:
+        adapter = _adapter(document.get("adapter"))
     return RunConfig(**sections, adapter=adapter, output=output)
 
 
@@ -292,7 +298,7 @@ def check_keys(document: Mapping[str, Any]) -> None:
 def run_document(run: RunConfig) -> dict[str, Any]:
     """The run as plain values, in the order of a run file; `read_run` of it gives an equal run."""
     adapter = {FROM: run.adapter.folder} if isinstance(run.adapter, StartFrom) else to_dict(run.adapter)
-    if run.tasks.adapters is not None:
+    if run.tasks.adapters is not None or run.tasks.extend is not None:
         adapter = {}
     return {
         "model": to_dict(run.model),

@@ -6,9 +6,11 @@ The sources of training rows are the tasks, in their order, each under its task'
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.adapters.config import LoraConfig
+from rankwise.adapters.gate_config import SHARED as SHARED_ADAPTER
 from rankwise.adapters.gate_config import check_names
 from rankwise.config import build, to_dict
 from rankwise.errors import RequestError
@@ -64,6 +66,8 @@ def absolute_task_paths(tasks: Mapping[str, Any], absolute: Callable[[Any], Any]
             name: {key: absolute(value) for key, value in files.items()} if isinstance(files, Mapping) else files
             for name, files in data.items()
         }
+    if "extend" in tasks:
+        result["extend"] = absolute(tasks["extend"])
     if isinstance(adapters := tasks.get("adapters"), Mapping):
         result["adapters"] = {name: absolute(folder) for name, folder in adapters.items()}
     return result
@@ -89,6 +93,25 @@ def adapter_of_tasks(document: Mapping[str, Any], adapters: Mapping[str, str]) -
     return config.with_(
         init_lora_weights=True, init_scale=1.0, base_model_name_or_path=None, revision=None, task_type=None
     )
+
+
+def extended_folder(given: str) -> Path:
+    """The folder of task embeddings that `tasks.extend` means: of a run its result."""
+    result = Path(given) / "adapter"
+    return result if (result / "tasks.json").is_file() else Path(given)
+
+
+def shared_of_extended(document: Mapping[str, Any], given: str) -> str:
+    """The folder of the adapter that the tasks of `tasks.extend` share. Nothing is read of it here.
+
+    Raises: RequestError where the section `adapter` says something too.
+    """
+    section = document.get("adapter") or {}
+    if section:
+        raise RequestError(
+            f"adapter.{next(iter(section))} has no effect with tasks.extend, whose own adapter is used; leave it out"
+        )
+    return str(extended_folder(given) / SHARED_ADAPTER)
 
 
 def valid_files(tasks: TasksConfig) -> dict[str, list[str]]:
@@ -129,6 +152,8 @@ def several_adapters(tasks: TasksConfig) -> bool:
     """Whether the run's stages need other adapters than a plain one that stays."""
     if not tasks.data:
         return False
+    if tasks.extend is not None:
+        return True
     return tasks.gate is not None or tasks.embedding is not None or [stage.kind for stage in tasks.plan] != [SHARED]
 
 
@@ -142,17 +167,25 @@ def _check_stages(run: RunConfig) -> None:
             )
     if not several_adapters(tasks):
         return
+    if tasks.extend is not None and train.loraplus_ratio != 1.0:
+        raise RequestError(
+            f"train.loraplus_ratio ({train.loraplus_ratio:g}) has no effect with tasks.extend, which trains vectors "
+            "alone; leave it out"
+        )
     if train.sharding != "none":
         raise RequestError(
-            f"train.sharding: {train.sharding} does not go with tasks.gate, tasks.embedding or several stages, which "
-            "put adapters in place of others; set it to none"
+            f"train.sharding: {train.sharding} does not go with tasks.gate, tasks.embedding, tasks.extend or several "
+            "stages, which put adapters in place of others; set it to none"
         )
     if train.fused_mlp is True:
         raise RequestError(
-            "train.fused_mlp (true) does not go with tasks.gate, tasks.embedding or several stages; leave it out"
+            "train.fused_mlp (true) does not go with tasks.gate, tasks.embedding, tasks.extend or several stages; "
+            "leave it out"
         )
     from rankwise.recipes.run import StartFrom
 
+    if tasks.extend is not None:
+        return
     if isinstance(run.adapter, StartFrom):
         raise RequestError(
             "adapter.from does not go with tasks.gate, tasks.embedding or several stages; give the tasks' own in "

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from rankwise.adapters.gate_config import INFERRED, LEARNED, EmbeddingConfig, GateConfig
 from rankwise.attach.attachment import attachment_of
 from rankwise.attach.checkpoint import load_native_state, native_state
-from rankwise.attach.gates import Part, on_task, parts_of, set_task, train_parts
+from rankwise.attach.gates import Part, mixture_of, on_task, parts_of, set_task, train_parts
 from rankwise.attach.inject import adapter_parameters
 from rankwise.attach.targets import fits
 from rankwise.errors import RequestError, counted, did_you_mean
@@ -41,9 +41,12 @@ class TaskStages:
     def __init__(self, run: TaskRun, model: PreTrainedModel, given: Mapping[str, Part] | None = None) -> None:
         self.run, self.model, self._given = run, model, given
         self._config: TasksConfig = run.config
-        self.layout = PLAIN
+        self._extends = self._config.extend is not None
+        self.layout = Layout(frozenset(), mixture_of(model).embedding) if self._extends else PLAIN
         """Of the model as it is now."""
-        needs_more = len(run.stages) > 1 or self._layout_of(run.stages[0]).settings is not None
+        self._first = mixture_of(model).number(run.names[0]) if self._extends else 0
+        """The number that the model has for the run's first task: others may be there before it."""
+        needs_more = not self._extends and (len(run.stages) > 1 or self._layout_of(run.stages[0]).settings is not None)
         self.beginning = Beginning.of(model) if needs_more else None
         self.prompts: Mapping[str, Callable[[], list[Sequence[int]]]] | None = None
         """For a classifier of tasks: what is read of some rows of each before an answer."""
@@ -68,6 +71,8 @@ class TaskStages:
     # --- the model ---
 
     def _layout_of(self, stage: Stage) -> Layout:
+        if self._extends:
+            return self.layout
         gating = self._config.gating
         if stage.kind == SINGLE:
             return APART if gating is None else Layout(None, gating)
@@ -136,6 +141,9 @@ class TaskStages:
         """Only what the stage trains takes gradients."""
         if self.layout.settings is None:
             return
+        if self._extends:
+            train_parts(self.model, [f"embedding:{name}" for name in self.run.names])
+            return
         chosen = [GATE] if GATE in stage.trains else []
         if ADAPTERS in stage.trains:
             chosen += [ADAPTERS, "heads", "embedding"]
@@ -181,7 +189,7 @@ class TaskStages:
     def route(self, model: PreTrainedModel, where: Tensor) -> Iterator[None]:
         """Tells the model which way rows go (see `rankwise.train.tasked`), until it is told again."""
         if not self._is_together:
-            set_way(model, where if self.needs_tasks else None)
+            set_way(model, where + self._first if self.needs_tasks else None)
         yield
 
     @contextlib.contextmanager

@@ -22,6 +22,8 @@ KINDS = (SINGLE, JOINT, SHARED)
 GATE, ADAPTERS = "gate", "adapters"
 PARTS = (GATE, ADAPTERS)
 AUTO = "auto"
+BESIDE_EXTEND = ("data", "extend", "sampling")
+"""Settings of the section that go with `extend`: the rest is about other adapters."""
 
 DEFAULT_TEMPERATURE = 2.0
 DEFAULT_CONFLICT_ROWS = 32
@@ -141,6 +143,8 @@ class TasksConfig:
 
     Args:
         data: files of each task: `{NAME: {train: FILE, valid: FILE}}`, in place of `data.train` and `data.valid`.
+        extend: a folder of task embeddings, or a run that made one: the tasks of `data` are new ones, each learns its
+            vector, and nothing else changes.
         gate: one adapter for each task in every adapted layer, and how they are chosen or mixed (`mode`, `per`,
             `temperature`, `k`): see GateConfig.
         embedding: a vector for each task on the adapter that they share: see EmbeddingConfig.
@@ -159,6 +163,7 @@ class TasksConfig:
     """
 
     data: dict[str, Any] = field(default_factory=dict)
+    extend: str | None = None
     gate: dict[str, Any] | None = None
     embedding: dict[str, Any] | None = None
     adapters: dict[str, str] | None = None
@@ -177,7 +182,9 @@ class TasksConfig:
             if given:
                 raise RequestError(f"tasks.{given[0]} has no effect without tasks.data; name the tasks and their files")
             return
-        if len(self.data) < 2:
+        if self.extend is not None:
+            self._check_extension()
+        elif len(self.data) < 2:
             raise RequestError(
                 f"tasks.data names one task, '{next(iter(self.data))}'; name two or more, or use data: for one"
             )
@@ -268,6 +275,15 @@ class TasksConfig:
         return tuple(possible if stage.train is None else stage.train)
 
     # --- checks ---
+
+    def _check_extension(self) -> None:
+        given = [item.name for item in fields(self) if getattr(self, item.name) is not None]
+        other = next((name for name in given if name not in BESIDE_EXTEND), None)
+        if other is not None:
+            raise RequestError(
+                f"tasks.{other} does not go with tasks.extend, which learns the new tasks' vectors and leaves all else "
+                "as it is; leave it out"
+            )
 
     def _check_known(self, names: Any, where: str) -> None:
         for name in names:
