@@ -52,13 +52,18 @@ class DoraLayer(LowRankLayer):
     def _norm(self) -> Float[Tensor, " o"]:
         return torch.linalg.vector_norm(self._directed(), dim=1)
 
+    def _divisor(self) -> Float[Tensor, " o"]:
+        """The norm, and 1 for an output whose weights are all zero: it has no direction, m = 0, and stays zero."""
+        norm = self._norm()
+        return torch.where(norm == 0, 1.0, norm)
+
     def _gain(self) -> Float[Tensor, " o"]:
         """The gain g = m / ||W + s B A||; the norm is computed again when W, A or B has changed."""
         if torch.compiler.is_compiling():
-            return self.magnitude / self._norm()
+            return self.magnitude / self._divisor()
         # a base that is borrowed anew each time is frozen all the same: its address says nothing
         sources = (*self.used(), *(() if self.borrows_base else (self.weight,)))
-        gain = self.magnitude / self._norms.of(sources, self._norm)
+        gain = self.magnitude / self._norms.of(sources, self._divisor)
         if gain.requires_grad:
             gain.register_hook(self._forget_norm)
         return gain

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.config import DATA_STARTS, LoraConfig, start_name
+from rankwise.adapters.low_rank import LowRankLayer
 from rankwise.adapters.starts import TAKEN_FROM_BASE
 from rankwise.attach import peft_format
 from rankwise.attach.attachment import (
@@ -119,8 +120,9 @@ def _config_as_saved(model: nn.Module, config: LoraConfig) -> LoraConfig:
     saved_ranks = {name: next(iter(layer.to_peft().values())).shape[0] for name, layer in layers.items()}
     alphas = dict[str, int | float]()
     for name, layer in layers.items():
+        assert isinstance(layer, LowRankLayer)  # a gate's folder is another
         growth = saved_ranks[name] / layer.rank
-        alphas[name] = alpha_in(config, name) * (growth**0.5 if config.use_rslora else growth)
+        alphas[name] = layer.alpha * (growth**0.5 if config.use_rslora else growth)
     if any(rank_in(read, name) != rank for name, rank in saved_ranks.items()):
         written = written.with_(rank_pattern={f"^{name}": rank for name, rank in saved_ranks.items()})
     if any(alpha_in(read, name) != alpha for name, alpha in alphas.items()):

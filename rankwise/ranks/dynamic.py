@@ -65,7 +65,7 @@ def set_ranks(
     Returns each layer's relative Frobenius error: 0 for a growth.
 
     Raises: RequestError, with nothing changed, for a name without an adapter, a rank below one, a gradient of a layer
-        that does not grow or of another shape, or an optimiser whose state is not known.
+        that does not grow or of another shape, or an optimiser whose state is not known or that is of other parameters.
     """
     attachment = need_attachment(model)
     layers = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, LowRankLayer)}
@@ -73,6 +73,8 @@ def set_ranks(
     if optimizer is not None:
         _check_state(optimizer)
     changes = {name: rank for name, rank in ranks.items() if rank != layers[name].rank}
+    if optimizer is not None:
+        _check_held(optimizer, {name: layers[name] for name in changes})
     rows = _new_rows(layers, changes, gradients or {}, generator)
     before = {name: (layers[name].lora_A, layers[name].lora_B, layers[name].scale) for name in changes}
     errors: dict[str, float] = {}
@@ -186,6 +188,18 @@ def _check_state(optimizer: torch.optim.Optimizer) -> None:
                 raise RequestError(
                     f"{type(optimizer).__name__} keeps '{key}', which can't be resized "
                     f"(known: {', '.join(MOMENT_POWERS)}){why}; use AdamW or SGD, or build the optimiser anew"
+                )
+
+
+def _check_held(optimizer: torch.optim.Optimizer, changed: Mapping[str, LowRankLayer]) -> None:
+    """Raises: RequestError where the optimiser does not hold a trained factor: its replacement would never move."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, layer in changed.items():
+        for factor, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            if parameter.requires_grad and id(parameter) not in held:
+                raise RequestError(
+                    f"the optimizer does not hold {factor} of '{name}': it was made for another model, or before the "
+                    "adapter was attached; give the one that trains it, or none where none does yet"
                 )
 
 

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.config import LoraConfig
 from rankwise.adapters.dora import DoraLayer
-from rankwise.attach.inject import attach
+from rankwise.attach.inject import attach, merge_in
 from rankwise.train.recompute import enable_gradient_checkpointing
 from tests import tiny
 
@@ -100,3 +100,22 @@ def test_the_norm_follows_what_writes_past_the_version_counter():
     layer(x).sum().backward()
     layer.lora_B.data.mul_(3.0)
     assert torch.allclose(layer(x), formula(layer, x)[0].float(), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_an_output_without_weights_stays_as_it_is(kind):
+    """Its norm is zero, and zero by zero is no number: PEFT gives nan for the whole output."""
+    layer = LAYERS[kind]()
+    with torch.no_grad():
+        (layer.weight.T if isinstance(layer, Conv1D) else layer.weight)[2] = 0
+    x = torch.randn(5, 12)
+    base = layer(x).detach()
+    found = attach(nn.Sequential(layer), LoraConfig(r=4, use_dora=True, target_modules=["0"]))
+    assert torch.equal(found(x), base)
+    optimizer = torch.optim.SGD([p for p in found.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        found(x).square().sum().backward()
+        optimizer.step()
+    out = found(x).detach()
+    assert out.isfinite().all() and torch.equal(out[:, 2], base[:, 2]) and not torch.equal(out, base)
+    assert torch.allclose(merge_in(found)(x), out, atol=1e-5)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from rankwise.adapters.config import LoraConfig
 from rankwise.attach.checkpoint import load_adapter, save_adapter
-from rankwise.attach.inject import adapter_parameters, attach, ranks
+from rankwise.attach.inject import adapter_parameters, attach, detach, ranks
 from rankwise.errors import RequestError
 from rankwise.ranks.dynamic import set_ranks
 from tests import tiny
@@ -149,3 +150,49 @@ def test_a_swap_after_a_growth_reaches_the_grown_parameters(tmp_path):
     load_adapter(model, tmp_path / "grown")
     assert model.get_submodule(Q0) is layer, "swapped in place"
     assert torch.equal(logits(model), wanted) and not layer.lora_A.requires_grad
+
+
+class Suffixed(nn.Module):
+    """The name of one layer is the end of the other's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+        self.block = nn.Sequential()
+        self.block.add_module("proj", nn.Linear(8, 8))
+
+    def forward(self, x):
+        return self.block(self.proj(x))
+
+
+def test_alphas_of_layers_whose_names_end_alike_are_saved_apart(tmp_path):
+    torch.manual_seed(0)
+    model = attach(Suffixed(), LoraConfig(r=2, lora_alpha=4, init_lora_weights=False))
+    set_ranks(model, {"proj": 4, "block.proj": 8}, alpha="scale")
+    x = torch.randn(3, 8)
+    expected = model(x)
+    save_adapter(model, tmp_path / "a")
+    read = load_adapter(detach(model), tmp_path / "a")
+    assert {name: read.get_submodule(name).scale for name in ranks(read)} == {"proj": 2.0, "block.proj": 2.0}
+    assert torch.equal(read(x), expected)
+
+
+def test_an_optimizer_of_other_parameters_is_refused():
+    """What replaces a factor would never be trained."""
+    model, _ = trained()
+    had = ranks(model)
+    stale = torch.optim.AdamW(adapter_parameters(trained()[0]).values(), lr=0.01)
+    with pytest.raises(RequestError, match=f"the optimizer does not hold lora_A of '{Q0}'"):
+        set_ranks(model, {Q0: 8}, optimizer=stale)
+    assert ranks(model) == had
+
+
+def test_a_frozen_factor_needs_no_optimizer():
+    model = attach(tiny.llama(), LoraConfig(r=4))
+    for name, parameter in adapter_parameters(model).items():
+        parameter.requires_grad_(name.endswith("lora_B"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    set_ranks(model, {Q0: 8}, optimizer=optimizer)
+    layer = model.get_submodule(Q0)
+    assert not layer.lora_A.requires_grad
+    assert any(parameter is layer.lora_B for parameter in optimizer.param_groups[0]["params"])
