@@ -12,12 +12,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rankwise.attach.inject import detach
 from rankwise.errors import RequestError, WorkError
+from rankwise.export import tensorrt_graph
 from rankwise.export.certificate import probe_logits
 from rankwise.export.onnx_folding import fold_constants
 from rankwise.export.onnx_graph import CAUSAL, cache_shapes, export_graph
 from rankwise.export.onnx_slots import read_adapter
 from rankwise.export.tensorrt_graph import Limits, in_precision, input_shapes, largest_inputs, open_session, save_graph
-from rankwise.recipes.export_tensorrt import LEFT_OUT, _Graph
+from rankwise.recipes.export_tensorrt import LEFT_OUT, _Graph, _left_out, _Measured
 from tests.export.gguf_models import attached, llama
 
 PROBES = [list(range(3, 33)), list(range(100, 120))]
@@ -70,13 +71,48 @@ def test_products_in_a_narrower_type(traced, tmp_path, dtype, low, high):
 def test_int8_by_explicit_quantisation(traced, tmp_path):
     graph, expected = traced
     largest = largest_inputs(graph.model, tmp_path, graph.feeds(PROBES[:1]), list(graph.adapter), LEFT_OUT)
-    assert len(largest) == 12 and all(value > 0 for value in largest.values())
+    assert len(largest) == 12 and all((values > 0).any() for values in largest.values())
     assert not any("down_proj" in name for name in largest)
     model = copy.deepcopy(graph.model)
     in_precision(model, tmp_path, "fp16", list(graph.adapter), largest, emulated=True)
     operators = [node.op_type for node in model.graph.node]
-    assert operators.count("QuantizeLinear") == 12 and operators.count("DequantizeLinear") == 24
+    assert operators.count("QuantizeLinear") == 6, "q, k, v share an input, and so do gate and up"
+    assert operators.count("DequantizeLinear") == 6 + 12
     assert 1e-3 < farthest(logits(model, graph, tmp_path), expected) < 10
+
+
+def test_kinds_that_lose_most_are_left_out_until_the_bound_holds(traced, tmp_path):
+    graph, expected = traced
+    largest = largest_inputs(graph.model, tmp_path, graph.feeds(PROBES[:1]), list(graph.adapter), LEFT_OUT)
+    measured = _Measured(graph, tmp_path, "int8", largest, PROBES, expected)
+    whole = measured.difference(frozenset()).kl
+    assert _left_out(measured, whole) == frozenset()
+    chosen = _left_out(measured, 0.7 * whole)
+    assert 0 < len(chosen) < 6 and measured.difference(chosen).kl <= 0.7 * whole
+
+
+def test_smoothing_saves_the_small_channels(tmp_path, monkeypatch):
+    """One channel of two hundred times the others': with one scale for all, these would be rounded away."""
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(64, 32)).astype(np.float32)
+    x = generator.normal(size=(1, 50, 64)).astype(np.float32)
+    x[..., 7] *= 200
+    value = helper.make_tensor_value_info
+    nodes = [helper.make_node("Identity", ["x"], ["h"]), helper.make_node("MatMul", ["h", "w"], ["logits"])]
+    shapes = value("x", TensorProto.FLOAT, [1, "t", 64]), value("logits", TensorProto.FLOAT, [1, "t", 32])
+    graph = helper.make_graph(nodes, "g", [shapes[0]], [shapes[1]], [numpy_helper.from_array(weight, "w")])
+    plain = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    largest = largest_inputs(plain, tmp_path, [{"x": x}], [], [])
+    assert np.allclose(largest["w"], np.abs(x[0]).max(0))
+    errors = {}
+    for strength in (tensorrt_graph.STRENGTH, 0.0):
+        monkeypatch.setattr(tensorrt_graph, "STRENGTH", strength)
+        model = copy.deepcopy(plain)
+        in_precision(model, tmp_path, "fp16", [], largest)
+        [found] = open_session(model, tmp_path / f"{strength}.onnx").run(["logits"], {"x": x})
+        errors[strength] = float(np.sqrt(np.mean((found - x @ weight) ** 2)))
+    strong, none = errors.values()
+    assert strong < 0.3 * none
 
 
 def test_shapes_of_open_inputs(traced):
