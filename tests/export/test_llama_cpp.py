@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from rankwise.attach.inject import detach
+from rankwise.adapters.config import LoraConfig
+from rankwise.attach.inject import adapter_parameters, attach, detach
 from rankwise.export.certificate import Difference, compare, probe_logits
 from rankwise.export.gguf_file import write_gguf
 from rankwise.export.gguf_lora import write_lora
 from rankwise.export.gguf_tokenizer import HARD_TEXTS, vocabulary_of
+from rankwise.models.config import ModelConfig
+from rankwise.models.load import load_model, load_tokenizer
+from rankwise.recipes.merge import TEXTS
 from tests.export.gguf_models import CUTTERS, FAMILIES, attached, bpe_tokenizer, llama, piece_tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp")
@@ -33,7 +37,7 @@ def written(model, path: Path, dtype: str = "f32", tokenizer=None) -> Path:
 def loaded(path: Path, **more):
     """With a cache in fp32: by default it is fp16, which would be what is measured."""
     return llama_cpp.Llama(
-        str(path), logits_all=True, n_ctx=64, n_batch=64, n_threads=1, type_k=0, type_v=0, verbose=False, **more
+        str(path), logits_all=True, n_ctx=256, n_batch=256, n_threads=1, type_k=0, type_v=0, verbose=False, **more
     )
 
 
@@ -69,6 +73,28 @@ def test_an_adapter_by_path(family, fields, tmp_path):
     found = compare(adapted, [theirs(base, lora_path=str(tmp_path / "a.gguf"))])
     assert found.max_abs_diff < 1e-3
     assert compare(adapted, [theirs(base)]).kl > 1e-4, "without the adapter it is another model"
+
+
+@pytest.mark.parametrize("dtype", ["f32", "q8_0"])
+def test_an_adapter_of_the_demo_model(dtype, tmp_path, capsys):
+    """On real weights, whose activations have a few large channels; the adapter moves the logits by units."""
+    model, tokenizer = load_model(ModelConfig("demo", "cpu"), torch.float32), load_tokenizer(ModelConfig("demo", "cpu"))
+    tokens = [token for text in TEXTS for token in tokenizer(text)["input_ids"]][:192]
+    torch.manual_seed(0)
+    attach(model, LoraConfig(r=16, lora_alpha=32, init_lora_weights=False))
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model).items():
+            parameter.mul_(0.15 if "lora_B" in name else 1.0)
+    write_lora(model, tmp_path / "a.gguf", "demo")
+    adapted = probe_logits(model, [tokens])
+    base = written(detach(model), tmp_path / "m.gguf", dtype, tokenizer)
+    alone = compare(probe_logits(model, [tokens]), [theirs(base, tokens)])
+    found = compare(adapted, [theirs(base, tokens, lora_path=str(tmp_path / "a.gguf"))])
+    effect = compare(adapted, [theirs(base, tokens)])
+    with capsys.disabled():
+        print(f"\n{dtype}: base {alone}\nwith the adapter {found}\nwithout it {effect}")
+    assert effect.max_abs_diff > 1.0 and effect.kl > 2 * found.kl
+    assert found.max_abs_diff < 1e-3 if dtype == "f32" else found.kl < 1e-2
 
 
 TOKENIZERS = {**{kind: (lambda kind=kind: bpe_tokenizer(kind)) for kind in CUTTERS}, "pieces": piece_tokenizer}
