@@ -21,9 +21,10 @@ from measure import header, interleaved, ratio, settings_of
 
 import rankwise as rw
 from rankwise.export.onnx_runtime import OnnxModel
-from rankwise.export.onnx_verify import onnx_prefill, onnx_steps, torch_prefill, torch_steps, written
+from rankwise.export.onnx_verify import onnx_prefill, onnx_steps, written
 from rankwise.export.report import size_of
 from rankwise.export.same_text import same_text
+from rankwise.export.speed import torch_prefill, torch_steps
 from rankwise.models.config import ModelConfig
 from rankwise.models.load import load_model, load_tokenizer
 from rankwise.recipes.export import export
@@ -86,19 +87,19 @@ def texts(model: OnnxModel, root: Path, number: int, tokens: int) -> list[dict[s
 
 
 def swaps(model: OnnxModel) -> dict[str, Any]:
-    """Milliseconds to read an adapter's file and check it, and to take another that has been read."""
-    first, again = [], []
+    """Milliseconds for the first use of an adapter and for a later one, and to check a file while opening."""
+    first, again, check = [], [], []
     for _ in range(7):
-        for rank in RANKS:
-            name = f"r{rank}"
-            model.forget(name)
-            start = time.perf_counter()
-            model.options([name])
-            middle = time.perf_counter()
-            model.options([name])
-            first.append(1e3 * (middle - start))
-            again.append(1e3 * (time.perf_counter() - middle))
-    return {"what": "adapter swap, ms", "first_use": statistics.median(first), "read_before": statistics.median(again)}
+        for name in model.manifest.adapters:
+            model.adapters.forget(name)
+            times = [time.perf_counter()]
+            for step in (model.adapters.options, model.adapters.options, model.adapters.check):
+                step([name])
+                times.append(time.perf_counter())
+            for found, start, end in zip((first, again, check), times, times[1:], strict=False):
+                found.append(1e3 * (end - start))
+    medians = {name: statistics.median(found) for name, found in (("first_use", first), ("later_use", again))}
+    return {"what": "adapter swap, ms", **medians, "longest_first_use": max(first), "check": statistics.median(check)}
 
 
 def main() -> None:

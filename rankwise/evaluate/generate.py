@@ -17,6 +17,7 @@ from rankwise import distributed
 from rankwise.errors import RequestError
 from rankwise.evaluate.progress import progress_bar
 from rankwise.evaluate.rounds import rounds
+from rankwise.models.seq2seq import start_token_id
 from rankwise.models.sharding import inside_forward, is_sharded
 
 
@@ -114,8 +115,7 @@ def _begin_as_the_model_does(model: PreTrainedModel, settings: GenerationConfig)
     """The token that a decoder starts from, and one that it must write first (a language), are part of its format."""
     own = model.generation_config
     assert own is not None, "a model that generates has a generation config"
-    start = own.decoder_start_token_id
-    settings.decoder_start_token_id = model.config.decoder_start_token_id if start is None else start
+    settings.decoder_start_token_id = start_token_id(model)
     settings.forced_bos_token_id = own.forced_bos_token_id
 
 

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from rankwise.errors import RequestError
 from rankwise.models.labels import MULTI
-from rankwise.models.probing import takes
-from rankwise.models.seq2seq import decoder_inputs
+from rankwise.models.probing import takes, undisturbed
+from rankwise.models.seq2seq import decoder_inputs, start_token_id
 
 KL_BOUNDS = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 2e-2}
 """The largest mean KL(adapter || merged), in nats for each token, that a merged model of a dtype may have."""
@@ -108,6 +108,13 @@ def probe_logits(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> lis
             return [_logits(model, row)[0].float().cpu() for row in rows]
     finally:
         model.train(was_training)
+
+
+def answer_logits(model: PreTrainedModel, question: Sequence[int], answer: Sequence[int]) -> Float[Tensor, "_ _"]:
+    """Of an encoder-decoder model: the logits from which each token of `answer` is chosen, fp32 on the CPU."""
+    rows = [torch.tensor([list(ids)], device=model.device) for ids in (question, [start_token_id(model), *answer[:-1]])]
+    with undisturbed(model):
+        return model(input_ids=rows[0], decoder_input_ids=rows[1], use_cache=False).logits[0].float().cpu()
 
 
 def _logits(model: PreTrainedModel, row: Int64[Tensor, "1 _"]) -> Float[Tensor, "1 _ V"]:

@@ -5,7 +5,7 @@ Added last: whatever rewrites a graph takes an initializer for a constant, and w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +32,13 @@ def add_defaults(model: onnx.ModelProto, defaults: Mapping[str, np.ndarray]) -> 
         model.graph.initializer.append(from_array(np.ascontiguousarray(values), name))
 
 
-def check_inputs(model: onnx.ModelProto, names: list[str]) -> None:
-    """Raises: WorkError when an adapter input is gone, or no node reads it: a rewriting has baked it in."""
-    inputs = {value.name for value in model.graph.input}
-    read = {name for node in model.graph.node for name in node.input}
-    lost = [name for name in names if name not in inputs or name not in read]
+def check_inputs(models: Sequence[onnx.ModelProto], names: Sequence[str]) -> None:
+    """Raises: WorkError when an adapter input is gone from a graph, or no node of any reads it: a rewriting has baked
+    it in.
+    """
+    inputs = [{value.name for value in model.graph.input} for model in models]
+    read = {name for model in models for node in model.graph.node for name in node.input}
+    lost = [name for name in names if name not in read or not all(name in there for there in inputs)]
     if lost:
         raise WorkError(
             f"the graph has lost {len(lost)} of its {len(names)} adapter inputs ('{lost[0]}'); report this: an adapter "

@@ -1,6 +1,7 @@
 """What `rankwise export --to onnx` writes, and what is known about it: the manifest `rankwise_onnx.json`.
 
-model.onnx             the graph; `model.onnx.data` beside it holds the large weights
+model.onnx             the graph; `model.onnx.data` beside it holds the large weights (encoder-decoder models have
+                       encoder.onnx and decoder.onnx)
 adapters/N.onnx_adapter  ONNX Runtime's adapter format: tensors for the graph's adapter inputs
 rankwise_onnx.json     this module's Manifest: hashes, adapters, how prompts are rendered
 config.json, generation_config.json, the tokenizer's files: as in a Hugging Face folder
@@ -24,6 +25,11 @@ from rankwise.files import sha256_file, write_json
 MANIFEST_FILE = "rankwise_onnx.json"
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
+ENCODER_FILE, DECODER_FILE = "encoder.onnx", "decoder.onnx"
+GRAPH_FILES = {"seq2seq-lm": (ENCODER_FILE, DECODER_FILE)}
+"""For tasks that take more than the one graph GRAPH_FILE."""
+DATA_SUFFIX = ".data"
+"""Large weights lie beside a graph under its name with this behind it."""
 ADAPTERS_FOLDER = "adapters"
 ADAPTER_SUFFIX = ".onnx_adapter"
 FORMAT = 1
@@ -59,6 +65,7 @@ class Manifest:
         pooling: of an embedding model.
         labels: of a classifier, in the order of its logits.
         max_positions: the longest row; None where the model names no bound.
+        start_id, first_id: the token that a decoder of its own starts from, and one that it has to write first.
     """
 
     task: str
@@ -73,7 +80,14 @@ class Manifest:
     pooling: str | None = None
     labels: list[str] | None = None
     max_positions: int | None = None
+    start_id: int | None = None
+    first_id: int | None = None
     format: int = FORMAT
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The files of its graphs."""
+        return GRAPH_FILES.get(self.task, (GRAPH_FILE,))
 
     @property
     def version(self) -> int:
@@ -146,7 +160,7 @@ def check_files(folder: Path, manifest: Manifest, whole: bool = False) -> None:
             raise RequestError(
                 f"'{path}' has {path.stat().st_size} bytes, {stated['bytes']} were written; copy it again"
             )
-        if (whole or name != WEIGHTS_FILE) and sha256_file(path) != stated["sha256"]:
+        if (whole or not name.endswith(DATA_SUFFIX)) and sha256_file(path) != stated["sha256"]:
             raise RequestError(f"'{path}' is not the file that was written (its SHA-256 differs); copy it again")
 
 

@@ -29,11 +29,11 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from rankwise.errors import RequestError
 from rankwise.export.onnx_layers import copy_layers, cut_to_traced, equal_layers
 from rankwise.export.onnx_slots import AdapterTensors, Slot, default_tensors, evened_out, slotted
+from rankwise.models.kv_cache import cache_argument, cache_tensors, filled_cache
 from rankwise.models.probing import takes
 from rankwise.models.quiet import quietly
 
@@ -61,7 +61,7 @@ class _Causal(nn.Module):
         super().__init__()
         self.model = model
         self.places = list(places)
-        self.cache_argument = "cache" if takes(model, "cache") else "past_key_values"
+        self.cache_argument = cache_argument(model)
         self.keeps = takes(model, "logits_to_keep")
 
     def forward(
@@ -78,8 +78,7 @@ class _Causal(nn.Module):
             arguments["logits_to_keep"] = logit_positions
         output = torch.func.functional_call(self.model, dict(zip(self.places, adapter, strict=True)), (), arguments)
         logits = output.logits if self.keeps else output.logits[:, logit_positions]
-        layers: list[Any] = cache.layers
-        return (logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
+        return (logits, *cache_tensors(cache))
 
 
 @final
@@ -98,31 +97,14 @@ class _Encoder(nn.Module):
         return output.logits if "logits" in output else output.last_hidden_state
 
 
-def filled_cache(past: Sequence[Tensor]) -> DynamicCache:
-    """A cache that holds keys and values [B, heads, P, width], key and value of each layer in turn.
-
-    Sliding windows are the attention mask's business: the cache keeps everything.
-    """
-    cache = DynamicCache()
-    layers = []
-    for keys, values in zip(past[::2], past[1::2], strict=True):
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        layers.append(layer)
-    cache.layers = layers
-    return cache
-
-
 def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """Heads and width of each tensor of the model's cache: key and value of each layer in turn.
 
     Raises: RequestError for a model whose cache is not keys and values.
     """
     cache = DynamicCache()
-    argument = "cache" if takes(model, "cache") else "past_key_values"
     with torch.no_grad():
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True, **{argument: cache})
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True, **{cache_argument(model): cache})
     shapes: list[tuple[int, int]] = []
     for layer in cache.layers:
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
@@ -136,7 +118,7 @@ def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def _written_out(model: PreTrainedModel) -> Iterator[None]:
+def written_out(model: PreTrainedModel) -> Iterator[None]:
     """Attention as plain products inside the block."""
     before: Any = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -162,12 +144,12 @@ def export_graph(model: PreTrainedModel, task: str, adapters: Sequence[AdapterTe
     """
     if (stack := equal_layers(model)) is not None:
         adapters = [*adapters, evened_out(dict(model.named_modules()), stack.name, stack.size, adapters)]
-    with slotted(model, adapters, RANK) as names, _written_out(model):
-        proto = _copied(model, task, names, folder) or _trace(model, task, _places(model, names), folder)
-    return Traced(_stripped(proto), names, default_tensors(model, names, adapters))
+    with slotted(model, adapters, RANK) as names, written_out(model):
+        proto = _copied(model, task, names, folder) or _trace(model, task, places_of(model, names), folder)
+    return Traced(stripped(proto), names, default_tensors(model, names, adapters))
 
 
-def _places(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+def places_of(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     """Inputs' names by where the slotted model has those tensors."""
     return {_place(model, name): name for name in names}
 
@@ -178,7 +160,7 @@ def _copied(model: PreTrainedModel, task: str, names: Sequence[str], folder: Pat
     if stack is None:
         return None
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    places = _places(model, names)
+    places = places_of(model, names)
     with cut_to_traced(model, stack):
         there = {place: name for place, name in places.items() if _is_there(model, place)}
         proto = _trace(model, task, there, folder)
@@ -195,19 +177,27 @@ def _is_there(model: nn.Module, place: str) -> bool:
 
 def _trace(model: PreTrainedModel, task: str, places: dict[str, str], folder: Path) -> ModelProto:
     """The graph of the model as it is now. `places`: tensors that are inputs, and the inputs' names."""
-    example = [_current(model, place) for place in places]
-    dynamic = [_rank_axis(name) for name in places.values()]
+    example = [current(model, place) for place in places]
+    dynamic = [rank_axis(name) for name in places.values()]
     if task == CAUSAL:
         call = _causal_call(model, list(places), cache_shapes(model), example, dynamic)
     else:
         call = _encoder_call(model, list(places), example, dynamic)
+    return traced_call(type(model).__name__, call, list(places.values()), folder)
+
+
+def traced_call(kind: str, call: Call, names: list[str], folder: Path) -> ModelProto:
+    """The graph of a call, in memory. `kind`: what the model is called in messages; `names`: of the adapter's inputs.
+
+    Raises: RequestError for a model that can't be traced.
+    """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".trace") as passing:
         file = Path(passing) / "traced.onnx"
-        _run_exporter(type(model).__name__, call, list(places.values()), file)
+        _run_exporter(kind, call, names, file)
         return onnx.load(str(file))
 
 
-def _stripped(proto: ModelProto) -> ModelProto:
+def stripped(proto: ModelProto) -> ModelProto:
     """Without the tracer's notes, which name folders of this machine."""
     del proto.graph.value_info[:]
     for node in proto.graph.node:
@@ -219,13 +209,14 @@ def _stripped(proto: ModelProto) -> ModelProto:
     return proto
 
 
-def _current(model: nn.Module, place: str) -> Tensor:
+def current(model: nn.Module, place: str) -> Tensor:
+    """A copy of the tensor there."""
     path, _, leaf = place.rpartition(".")
     tensor = getattr(model.get_submodule(path), leaf)
     return tensor.detach().clone()
 
 
-def _rank_axis(name: str) -> dict[int, Any]:
+def rank_axis(name: str) -> dict[int, Any]:
     """All ranks are one axis here, or the solver of shapes takes minutes; `add_defaults` tells them apart again.
 
     Nothing but products reads the factors, so no shape in the graph depends on their rank.
@@ -236,7 +227,7 @@ def _rank_axis(name: str) -> dict[int, Any]:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """What the exporter is given."""
 
     module: nn.Module
@@ -249,7 +240,7 @@ class _Call:
 def _causal_call(
     model: PreTrainedModel, places: list[str], shapes: list[tuple[int, int]], example: list[Tensor],
     dynamic: list[dict[int, Any]],
-) -> _Call:  # fmt: skip
+) -> Call:  # fmt: skip
     rows, new, past_length = (torch.export.Dim(name) for name in ("rows", "new", "past"))
     total = torch.export.Dim.AUTO  # past + new, which the tracer finds out
     ids = torch.zeros(ROWS, NEW, dtype=torch.long)
@@ -257,7 +248,7 @@ def _causal_call(
     positions = torch.tensor([0, 1, 2, 2][:POSITIONS])
     past = [torch.zeros(ROWS, heads, PAST, width) for heads, width in shapes]
     layers = range(len(shapes) // 2)
-    return _Call(
+    return Call(
         _Causal(model, places),
         (ids, mask, positions, past, example),
         (
@@ -275,19 +266,19 @@ def _causal_call(
 
 def _encoder_call(
     model: PreTrainedModel, places: list[str], example: list[Tensor], dynamic: list[dict[int, Any]]
-) -> _Call:
+) -> Call:
     rows_axis, new = torch.export.Dim("rows"), torch.export.Dim("new")
     inputs = [name for name in ("input_ids", "attention_mask", "token_type_ids") if takes(model, name)]
     rows = [torch.zeros(ROWS, NEW, dtype=torch.long) for _ in inputs]
     rows[1] = torch.ones(ROWS, NEW, dtype=torch.long)
     has_logits = model.get_output_embeddings() is not None or hasattr(model, "num_labels")
-    return _Call(
+    return Call(
         _Encoder(model, places, inputs), (rows, example), ([{0: rows_axis, 1: new} for _ in rows], dynamic), inputs,
         ["logits" if has_logits else "last_hidden_state"],
     )  # fmt: skip
 
 
-def _run_exporter(kind: str, call: _Call, names: list[str], file: Path) -> None:
+def _run_exporter(kind: str, call: Call, names: list[str], file: Path) -> None:
     """Raises: RequestError for a model that can't be traced."""
     levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")}
     for name in levels:

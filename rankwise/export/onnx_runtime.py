@@ -1,8 +1,6 @@
 """Runs a folder of `rankwise export --to onnx` with ONNX Runtime alone: numpy in, numpy out, an adapter per request.
 
-Rules that ONNX Runtime does not enforce are enforced here: one adapter at a time (with two active it takes the first
-and says nothing), an adapter's names, types and shapes are those of the graph's inputs, and it belongs to the same base
-(its `model_version` is the base's hash). Runs go through `InferenceSession.run`: I/O binding leaves adapters out.
+Runs go through `InferenceSession.run`: I/O binding leaves adapters out. Adapters are `onnx_adapter_files`'.
 
 Legend: B rows, T new tokens, P tokens in the cache, V vocabulary.
 """
@@ -10,14 +8,15 @@ Legend: B rows, T new tokens, P tokens in the cache, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
-from rankwise.errors import RequestError, did_you_mean
+from rankwise.errors import RequestError
+from rankwise.export.onnx_adapter_files import AdapterFiles
 from rankwise.export.onnx_folder import (
     GRAPH_FILE,
     Manifest,
@@ -25,7 +24,6 @@ from rankwise.export.onnx_folder import (
     need_packages,
     read_manifest,
 )
-from rankwise.files import sha256_file
 
 CACHE = "past_key_values."
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -79,107 +77,38 @@ class Decoding:
 
 @final
 class OnnxModel:
-    """An export, opened. Adapters are read when they are first asked for, and kept."""
+    """An export, opened. Its adapters are checked by then, and mapped into memory when they are first asked for."""
 
-    def __init__(self, folder: str | Path, num_threads: int | None = None) -> None:
-        """`num_threads`: of one operator; None leaves it to ONNX Runtime.
+    def __init__(
+        self, folder: str | Path, num_threads: int | None = None, adapters: Sequence[str] | None = None
+    ) -> None:
+        """`num_threads`: of one operator; None leaves it to ONNX Runtime. `adapters`: those to check now; None takes
+        all. Others are checked when they are first used.
 
-        Raises: RequestError for a folder that is no export or whose files have changed, and where the package is
-        missing.
+        Raises: RequestError for a folder that is no export or whose files have changed, an adapter that can't be used,
+        and where the package is missing.
         """
         need_packages(("onnxruntime",))
         self.folder = Path(folder).expanduser()
         self.manifest: Manifest = read_manifest(self.folder)
+        if self.manifest.start_id is not None:
+            raise RequestError(
+                f"'{folder}' is a {self.manifest.task} export, which has an encoder; open it as OnnxSeq2Seq"
+            )
         check_files(self.folder, self.manifest)
         self.session = session_of(self.folder / GRAPH_FILE, num_threads)
         self.inputs: dict[str, Any] = {node.name: node for node in self.session.get_inputs()}
-        # inputs that have a default are listed apart: the adapter's
-        self.adapter_inputs: dict[str, Any] = {node.name: node for node in self.session.get_overridable_initializers()}
         self.outputs = [node.name for node in self.session.get_outputs()]
-        self._options: dict[str, tuple[Any, Any]] = {}
-
-    # --- adapters --------------------------------------------------------------------------------------------------
-
-    def options(self, adapters: Sequence[str]) -> Any:
-        """ONNX Runtime's run options with the adapter active; None for no adapter.
-
-        Raises: RequestError for more than one, or one that can't be read.
-        """
-        if len(adapters) > 1:
-            raise RequestError(
-                f"one adapter at a time, not {len(adapters)} ({', '.join(adapters)}): ONNX Runtime would take the "
-                "first and leave the others out; combine them into one adapter first"
-            )
-        if not adapters:
-            return None
-        name = adapters[0]
-        if name not in self._options:
-            if name not in self.manifest.adapters:
-                raise RequestError(f"there is no adapter '{name}'{did_you_mean(name, self.manifest.adapters)}")
-            entry = self.manifest.adapters[name]
-            self.add_adapter(name, self.folder / entry.file, entry.sha256)
-        return self._options[name][0]
-
-    def add_adapter(self, name: str, file: str | Path, sha256: str | None = None) -> None:
-        """Reads an adapter file, which may lie outside of the folder, and gives it a name.
-
-        Raises: RequestError for one that can't be read, has changed, belongs to another base, or does not fit.
-        """
-        import onnxruntime
-
-        path = Path(file)
-        if not path.is_file():
-            raise RequestError(f"there is no adapter file '{path}'")
-        if sha256 is not None and sha256_file(path) != sha256:
-            raise RequestError(f"'{path}' is not the file that was written (its SHA-256 differs); copy it again")
-        try:
-            formats: Any = onnxruntime.AdapterFormat
-            content = formats.read_adapter(str(path))
-            version = content.get_model_version()
-            parameters = content.get_parameters()
-        except Exception as error:  # noqa: BLE001 (the package raises its own kinds, and RuntimeError)
-            raise RequestError(f"'{path}' is not an ONNX Runtime adapter that can be read: {error}") from None
-        if version != self.manifest.version:
-            raise RequestError(
-                f"adapter '{path}' belongs to another base (model version {version}, this export's is "
-                f"{self.manifest.version}); export it with this base"
-            )
-        self._check_parameters(str(path), parameters)
-        adapter = onnxruntime.LoraAdapter()
-        adapter.Load(str(path))
-        options = onnxruntime.RunOptions()
-        options.add_active_adapter(adapter)
-        self._options[name] = (options, adapter)
-
-    def _check_parameters(self, path: str, parameters: dict[str, Any]) -> None:
-        """Raises: RequestError for a name, type or shape that the graph has no input for."""
-        for name, value in parameters.items():
-            if name not in self.adapter_inputs:
-                raise RequestError(f"adapter '{path}' holds '{name}', for which this graph has no input")
-            node = self.adapter_inputs[name]
-            if value.data_type() != node.type:
-                raise RequestError(f"adapter '{path}': '{name}' is {value.data_type()}, the graph takes {node.type}")
-            shape = value.shape()
-            fits = len(shape) == len(node.shape) and all(
-                not isinstance(wanted, int) or wanted == given for wanted, given in zip(node.shape, shape, strict=True)
-            )
-            if not fits:
-                raise RequestError(f"adapter '{path}': '{name}' is {list(shape)}, the graph takes {list(node.shape)}")
-        layers = {name.rpartition(".")[0] for name in parameters if name.endswith((".lora_A", ".lora_B"))}
-        for layer in sorted(layers):
-            down, up = parameters.get(f"{layer}.lora_A"), parameters.get(f"{layer}.lora_B")
-            if down is None or up is None or down.shape()[1] != up.shape()[0]:
-                raise RequestError(f"adapter '{path}': lora_A and lora_B of '{layer}' are not of one rank")
-
-    def forget(self, name: str) -> None:
-        """Lets go of an adapter that has been read; the next use reads it again."""
-        self._options.pop(name, None)
+        # inputs that have a default are listed apart: the adapter's
+        changed = {node.name: node for node in self.session.get_overridable_initializers()}
+        self.adapters = AdapterFiles(self.folder, self.manifest, changed)
+        self.adapters.check(list(self.manifest.adapters) if adapters is None else adapters)
 
     # --- runs ------------------------------------------------------------------------------------------------------
 
     def run(self, feeds: dict[str, np.ndarray], adapter: str | None = None) -> dict[str, np.ndarray]:
         """One pass through the graph; outputs by name."""
-        options = self.options(() if adapter is None else (adapter,))
+        options = self.adapters.options(() if adapter is None else (adapter,))
         return dict(zip(self.outputs, self.session.run(self.outputs, feeds, options), strict=True))
 
     def empty_cache(self, num_rows: int) -> dict[str, np.ndarray]:
@@ -229,35 +158,54 @@ class OnnxModel:
 
         Raises: RequestError for an empty row, or one that does not fit into the model with its answer.
         """
-        self._check_rows(rows, decoding.max_new_tokens)
-        longest = max(len(row) for row in rows)
+        longest = max((len(row) for row in rows), default=0)
+        check_rows(rows, decoding, longest + decoding.max_new_tokens, self.manifest.max_positions)
         ids = np.array([[decoding.pad_id] * (longest - len(row)) + list(row) for row in rows], np.int64)
         mask = np.array([[0] * (longest - len(row)) + [1] * len(row) for row in rows], np.int64)
-        cache, generator = self.empty_cache(len(rows)), np.random.default_rng(decoding.sampling.seed)
-        answers: list[list[int]] = [[] for _ in rows]
-        going = [True] * len(rows)
-        for _ in range(decoding.max_new_tokens):
-            logits, cache = self.step(ids, mask, cache, adapter)
-            chosen = choose_tokens(logits[:, 0], decoding.sampling, generator)
-            for place, token in enumerate(chosen.tolist()):
-                going[place] = going[place] and token not in decoding.stop_ids
-                if going[place]:
-                    answers[place].append(token)
-            if not any(going):
-                break
-            ids = chosen[:, None].astype(np.int64)
-            mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
-        return answers
+        cache = self.empty_cache(len(rows))
 
-    def _check_rows(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        if any(not row for row in rows):
-            raise RequestError(f"prompt {[len(row) for row in rows].index(0) + 1} is empty; give at least one token")
-        longest, positions = max(len(row) for row in rows), self.manifest.max_positions
-        if positions is not None and longest + max_new_tokens > positions:
-            raise RequestError(
-                f"a prompt of {longest} tokens with max_new_tokens={max_new_tokens} does not fit into the model's "
-                f"{positions} positions; shorten the prompt or lower max_new_tokens"
-            )
+        def behind(new: np.ndarray) -> np.ndarray:
+            nonlocal cache, mask
+            logits, cache = self.step(new, mask, cache, adapter)
+            mask = np.concatenate([mask, np.ones((len(mask), 1), np.int64)], axis=1)
+            return logits[:, 0]
+
+        return write_answers(behind, ids, decoding)
+
+
+def check_rows(rows: Sequence[Sequence[int]], decoding: Decoding, together: int, positions: int | None) -> None:
+    """Raises: RequestError for an empty row, or where `together`, what has to fit, is more than `positions`."""
+    if any(not row for row in rows):
+        raise RequestError(f"prompt {[len(row) for row in rows].index(0) + 1} is empty; give at least one token")
+    if positions is not None and together > positions:
+        raise RequestError(
+            f"a prompt of {max(len(row) for row in rows)} tokens with max_new_tokens={decoding.max_new_tokens} does "
+            f"not fit into the model's {positions} positions; shorten the prompt or lower max_new_tokens"
+        )
+
+
+def write_answers(
+    behind: Callable[[np.ndarray], np.ndarray], ids: np.ndarray, decoding: Decoding, first_id: int | None = None
+) -> list[list[int]]:
+    """An answer for each row of `ids` [B, T], up to and without its stop token.
+
+    `behind` gives the logits [B, V] behind new tokens, and remembers those. `first_id`: what each answer begins with.
+    """
+    generator = np.random.default_rng(decoding.sampling.seed)
+    answers: list[list[int]] = [[] for _ in ids]
+    going = [True] * len(ids)
+    for number in range(decoding.max_new_tokens):
+        chosen = choose_tokens(behind(ids), decoding.sampling, generator)
+        if number == 0 and first_id is not None:
+            chosen = np.full_like(chosen, first_id)
+        for place, token in enumerate(chosen.tolist()):
+            going[place] = going[place] and token not in decoding.stop_ids
+            if going[place]:
+                answers[place].append(token)
+        if not any(going):
+            break
+        ids = chosen[:, None].astype(np.int64)
+    return answers
 
 
 def session_of(file: Path, num_threads: int | None = None) -> Any:

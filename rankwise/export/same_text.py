@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from rankwise.export.certificate import probe_logits
+from rankwise.export.certificate import answer_logits, probe_logits
 
 TOLERANCE = 1e-3
 """A token counts as the model's own when its logit is this close to the best one: ties are broken by rounding."""
@@ -27,7 +27,10 @@ def same_text(
     for prompt, tokens in zip(prompts, written, strict=True):
         if not tokens:
             continue
-        logits = probe_logits(model, [[*prompt, *tokens]])[0][len(prompt) - 1 : -1]
+        if model.config.is_encoder_decoder:
+            logits = answer_logits(model, prompt, tokens)
+        else:
+            logits = probe_logits(model, [[*prompt, *tokens]])[0][len(prompt) - 1 : -1]
         own = logits[torch.arange(len(tokens)), torch.tensor(list(tokens))]
         same += int((own >= logits.max(dim=-1).values - tolerance).sum())
         total += len(tokens)

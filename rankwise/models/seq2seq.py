@@ -90,6 +90,18 @@ def decoder_inputs(model: PreTrainedModel, labels: Int64[Tensor, "B T"]) -> Int6
     return shifted
 
 
+def writes_apart(model: PreTrainedModel) -> bool:
+    """Whether the model writes with a decoder of its own; one that classifies with it does not."""
+    return bool(model.config.is_encoder_decoder) and model.can_generate()
+
+
+def start_token_id(model: PreTrainedModel) -> int:
+    """The token that the decoder starts from, when it writes."""
+    own: Any = model.generation_config
+    stated = None if own is None else own.decoder_start_token_id
+    return model.config.decoder_start_token_id if stated is None else stated
+
+
 def _decoded(model: PreTrainedModel, batch: Seq2SeqBatch) -> Float[Tensor, "B T H"]:
     """The decoder's last hidden states."""
     encoded = model.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]

@@ -30,6 +30,7 @@ from rankwise.recipes.target import open_in
 MODEL, LORA, BASE = "model.gguf", "adapter.gguf", "./base.gguf"
 BOUNDS = {"f32": {"max_abs_diff": 1e-3}, "f16": {"kl": 1e-3}, "q8_0": {"kl": 1e-2}}
 """The most that the file of a dtype, read back, may differ from the model in torch."""
+NOT_RUN = "not run in llama.cpp, and so not timed"
 LORA_BOUNDS = {"max_abs_diff": 1e-3, "weight_error": 1e-6}
 NUM_PROMPTS, NUM_WRITTEN = 4, 16
 """Prompts that are continued, and tokens written to each."""
@@ -92,7 +93,7 @@ def write_model(job: Job, folder: Path) -> Sequence[Row]:
     again = read_model(path, model.config)
     difference = compare(adapted, probe_logits(again, ids))
     kinds = ", ".join(f"{count} {kind}" for kind, count in written.types.items())
-    notes = ["read back by transformers; not run in llama.cpp", f"tensors: {kinds}", *notes_of(model.config)]
+    notes = [f"read back by transformers; {NOT_RUN}", f"tensors: {kinds}", *notes_of(model.config)]
     notes.append(write_modelfile(job, folder, model, f"./{MODEL}"))
     notes.extend(told.notes)
     if told.num_padded:
@@ -133,7 +134,7 @@ def write_adapter(job: Job, folder: Path) -> Sequence[Row]:
     theirs = read_lora(path, model.config, ours)
     with using(model, theirs):
         difference = compare(adapted, probe_logits(model, ids))
-    notes = [f"factors read back and computed in torch; not run in llama.cpp; alpha {written.alpha:g}"]
+    notes = [f"factors read back and computed in torch; {NOT_RUN}; alpha {written.alpha:g}"]
     notes.append(write_modelfile(job, folder, model, BASE, f"./{LORA}"))
     if written.num_folded:
         notes.append(f"{written.num_folded} of {written.num_layers} layers have another scale, folded into B")

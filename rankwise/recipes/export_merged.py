@@ -5,15 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from rankwise.errors import RequestError
+from rankwise.export.certificate import trim_probes
 from rankwise.export.merged import CERTIFICATE_FILE, DTYPES, write_merged
 from rankwise.export.report import Row, size_of
+from rankwise.export.speed import paired_ratio, torch_run, what_is_timed
+from rankwise.models.quiet import quietly
 from rankwise.recipes.export_job import Job, Writer, num_parameters
 from rankwise.recipes.merge import stored_dtype
 from rankwise.recipes.target import open_in
+
+PROMPT_TOKENS = 24
+"""Of the row that is timed."""
 
 
 def check(job: Job) -> None:
@@ -41,17 +49,31 @@ def write(job: Job, folder: Path) -> Sequence[Row]:
     )
     found = merged.certificate
     shards = sorted(file.name for file in folder.glob("*.safetensors"))
-    note = f"{found.dtype}, loaded again by transformers; compared in fp32 arithmetic"
+    prompt = list(trim_probes(job.probes.ids)[0][:PROMPT_TOKENS])
+    speedup = _speedup(job, folder, type(opened.model), prompt)
+    note = (
+        f"{found.dtype}, loaded again by transformers; compared in fp32 arithmetic; speed: "
+        f"{what_is_timed(opened.model, prompt)}, in turns with the adapter beside its base, both by torch in fp32"
+    )
     if found.dequantised_from is not None:
         note += f"; the base is stored in {found.dequantised_from}, the merged model is not"
     return [
         Row(
             "model.safetensors" if len(shards) == 1 else f"{len(shards)} shards", size_of(folder), ran=True,
             max_abs_diff=found.max_abs_diff, mean_abs_diff=found.mean_abs_diff, kl=found.kl,
-            top1_agreement=found.top1_agreement, note=note, bounds={"kl": found.bound},
+            top1_agreement=found.top1_agreement, speedup=speedup, note=note, bounds={"kl": found.bound},
             more={"certificate": CERTIFICATE_FILE, "rounding_error": merged.rounding.error},
         )
     ]  # fmt: skip
+
+
+def _speedup(job: Job, folder: Path, kind: type[PreTrainedModel], prompt: Sequence[int]) -> float:
+    """Of the folder's model over the one that it was made from, loaded again: merging used that up."""
+    with quietly():
+        merged: Any = kind.from_pretrained(folder, dtype=torch.float32)
+    apart = open_in(job.target, torch.float32, "fp32").model
+    merged.to(apart.device)
+    return paired_ratio(torch_run(apart, prompt), torch_run(merged.eval(), prompt))
 
 
 MERGED = Writer(check, num_bytes, write, remedy="export with --dtype fp32")

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rankwise.errors import RequestError
-from rankwise.export.onnx_folder import BASE, need_packages
+from rankwise.export.onnx_folder import BASE, GRAPH_FILES, need_packages
 from rankwise.export.report import Row, size_of
 from rankwise.recipes.export_job import Job, Writer, num_parameters
 from rankwise.recipes.target import Target, find_adapter
 from rankwise.train.state import ADAPTER
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-SEQ2SEQ = "SEQ_2_SEQ_LM"
 
 
 def adapter_name(target: Target) -> str:
@@ -79,11 +78,6 @@ def check(job: Job) -> None:
         raise RequestError(f"--max-kl must be above 0, not {settings['max_kl']}")
     if settings["merged"] and settings["adapters"]:
         raise RequestError("--merged folds one adapter into the graph, so --adapters has no effect; leave one out")
-    if job.target.needs.task_type == SEQ2SEQ:
-        raise RequestError(
-            f"'{job.target.name}' is an encoder-decoder model, which --to onnx can't hold yet (it takes two graphs and "
-            "two caches); export it with --to merged, which transformers runs"
-        )
     if job.target.model.is_quantized and not settings["merged"]:
         raise RequestError(
             f"the base of '{job.target.name}' is loaded in {job.target.model.quantization}, which no graph with "
@@ -93,8 +87,12 @@ def check(job: Job) -> None:
 
 
 def num_bytes(job: Job) -> int:
-    """The fp32 graph, which a quantised one is made from and stands beside for a while, and the adapters twice over."""
+    """The fp32 graph, which a quantised one is made from and stands beside for a while, and the adapters twice over.
+
+    Both graphs of an encoder-decoder model hold the embedding, which may be half of a small one.
+    """
     share = {"fp32": 1.0, "int8": 1.3, "int8-full": 1.3, "int4": 1.2}[precision_of(job)]
+    share *= 1.5 if job.target.needs.task in GRAPH_FILES else 1.0
     adapters = sum(2 * size_of(target.adapter) for target in adapters_of(job).values() if target.adapter is not None)
     return int(num_parameters(job.target) * 4 * share) + adapters
 

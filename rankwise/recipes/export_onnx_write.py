@@ -6,13 +6,13 @@ with.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from onnx import ModelProto
 from onnx.external_data_helper import load_external_data_for_model
@@ -30,51 +30,59 @@ from rankwise.export.onnx_defaults import add_defaults, check_inputs, save_graph
 from rankwise.export.onnx_folder import (
     ADAPTER_SUFFIX,
     ADAPTERS_FOLDER,
+    DATA_SUFFIX,
     GRAPH_FILE,
-    WEIGHTS_FILE,
+    GRAPH_FILES,
     AdapterEntry,
     Manifest,
     describe_files,
     write_manifest,
 )
-from rankwise.export.onnx_graph import CAUSAL, export_graph
-from rankwise.export.onnx_quantise import FULL, HEAD_KIND, MAX_KL, Graph, find_linears, quantise
-from rankwise.export.onnx_runtime import OnnxModel, session_of
+from rankwise.export.onnx_graph import CAUSAL, Traced, export_graph
+from rankwise.export.onnx_quantise import FULL, MAX_KL
+from rankwise.export.onnx_runtime import OnnxModel
 from rankwise.export.onnx_sensitivity import blame, leave_out
+from rankwise.export.onnx_seq2seq import OnnxSeq2Seq
+from rankwise.export.onnx_seq2seq_graph import export_seq2seq
 from rankwise.export.onnx_slots import AdapterTensors, base_sha256, read_adapter
 from rankwise.export.onnx_verify import (
+    Export,
     compare_by_token,
     onnx_logits,
-    onnx_steps,
-    paired_ratio,
+    onnx_run,
     torch_logits,
-    torch_steps,
     written,
 )
 from rankwise.export.report import Row, compared_row, size_of
 from rankwise.export.same_text import same_text
+from rankwise.export.speed import paired_ratio, torch_run, what_is_timed
 from rankwise.files import sha256_file, write_text
 from rankwise.models.probing import num_positions
 from rankwise.models.quiet import quietly
+from rankwise.models.seq2seq import start_token_id, writes_apart
 from rankwise.recipes.export_job import Job
+from rankwise.recipes.export_onnx_trial import Trial
 from rankwise.recipes.target import Target, open_in, target_head
 from rankwise.train.config import DEFAULT_POOLING
 
+GENERATES = (CAUSAL, "seq2seq-lm")
+"""Tasks of models that write."""
+PLAIN = ".fp32"
+"""The folder of the fp32 graphs, while quantised ones are made from them."""
 MAX_DIFFERENCE = 1e-3
 """In logits, of an fp32 graph from torch."""
 NUM_PROMPTS, NUM_WRITTEN, PROMPT_TOKENS = 3, 16, 24
-TIMED_TOKENS, TIMED_ROUNDS = 8, 3
 TEMPLATE_FILE = "rendered_with.jinja"
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A graph on disk, and what is known of it."""
+    """Graphs on disk, and what is known of them."""
 
     inputs: list[str]
     left_out: frozenset[str]
-    trial: _Trial | None
-    """For a quantised graph: how others are made."""
+    trial: Trial | None
+    """For quantised graphs: how others are made."""
 
 
 def write_onnx(job: Job, targets: Mapping[str, Target], precision: str, folder: Path) -> Sequence[Row]:
@@ -93,20 +101,21 @@ def write_onnx(job: Job, targets: Mapping[str, Target], precision: str, folder: 
             adapters[name] = read_adapter(_with(model, target), name)
         model = _with(model, None)
     sha256 = base_sha256(dict(model.named_parameters()))
-    made = _write_graph(job, model, adapters, precision, folder, (ids, adapted))
+    made = _write_graphs(job, model, adapters, precision, folder, (ids, adapted))
     manifest = _write_beside(job, model, adapters, precision, sha256, folder)
-    export = OnnxModel(folder, torch.get_num_threads())
+    export = (OnnxSeq2Seq if writes_apart(model) else OnnxModel)(folder, torch.get_num_threads())
+    graphs = ", ".join(manifest.graphs)
     if job.settings["merged"]:
-        rows = [_row(job, model, export, None, GRAPH_FILE, made, (ids, adapted))]
+        rows = [_row(job, model, export, None, graphs, made, (ids, adapted))]
     else:
-        rows = [_row(job, model, export, None, GRAPH_FILE, made, (ids, torch_logits(model, ids)))]
+        rows = [_row(job, model, export, None, graphs, made, (ids, torch_logits(model, ids)))]
         for name, target in targets.items():
             _with(model, target)
             file = manifest.adapters[name].file
             rows.append(_row(job, model, export, name, file, made, (ids, torch_logits(model, ids))))
     _check_drift(job, made, rows)
-    for file in folder.glob(".fp32.onnx*"):
-        file.unlink()
+    if made.trial is not None:
+        shutil.rmtree(folder / PLAIN)
     return rows
 
 
@@ -123,31 +132,54 @@ def _with(model: PreTrainedModel, target: Target | None) -> PreTrainedModel:
 # --- the graph -----------------------------------------------------------------------------------------------------
 
 
-def _write_graph(
+def _write_graphs(
     job: Job, model: PreTrainedModel, adapters: Mapping[str, AdapterTensors], precision: str, folder: Path,
     probes: tuple[Sequence[Sequence[int]], Sequence[Tensor]],
 ) -> _Made:  # fmt: skip
     """Traces, quantises, gives defaults, writes. `probes`: token ids, and torch's logits with the first adapter."""
-    task = job.target.needs.task
-    traced = export_graph(model, task, list(adapters.values()), folder)
-    defaults = {name: tensor.numpy() for name, tensor in traced.defaults.items()}
+    traced = _traced(job, model, list(adapters.values()), folder)
+    inputs, defaults = _inputs(traced)
     if precision == "fp32":
-        add_defaults(traced.model, defaults)
-        check_inputs(traced.model, traced.adapter_inputs)
-        save_graph(traced.model, folder / GRAPH_FILE)
-        return _Made(traced.adapter_inputs, frozenset(), None)
-    plain = folder / ".fp32.onnx"
-    save_graph(traced.model, plain)
-    del traced.model.graph.initializer[:]
+        _save_all({file: one.model for file, one in traced.items()}, inputs, defaults, folder)
+        return _Made(inputs, frozenset(), None)
+    plain = folder / PLAIN
+    plain.mkdir()
+    for file, one in traced.items():
+        save_graph(one.model, plain / file)
+        del one.model.graph.initializer[:]
     first = next(iter(adapters.values()), None)
-    trial = _Trial(plain, precision, traced.adapter_inputs, probes, {} if first is None else _arrays(first, defaults))
+    factors = {} if first is None else _arrays(first, defaults)
+    start = start_token_id(model) if writes_apart(model) else None
+    trial = Trial(plain, tuple(traced), precision, inputs, probes, factors, start)
     left_out = leave_out(trial.kinds(), _bound(job, precision), trial.drift) if precision == FULL else frozenset()
     final = trial.build(left_out)
-    add_defaults(final, defaults)
-    check_inputs(final, traced.adapter_inputs)
-    load_external_data_for_model(final, str(folder))
-    save_graph(final, folder / GRAPH_FILE)
-    return _Made(traced.adapter_inputs, left_out, trial)
+    for proto in final.values():
+        load_external_data_for_model(proto, str(plain))
+    _save_all(final, inputs, defaults, folder)
+    return _Made(inputs, left_out, trial)
+
+
+def _traced(job: Job, model: PreTrainedModel, adapters: Sequence[AdapterTensors], folder: Path) -> dict[str, Traced]:
+    """The model's graphs, by file."""
+    if writes_apart(model):
+        return export_seq2seq(model, adapters, folder)
+    return {GRAPH_FILE: export_graph(model, job.target.needs.task, adapters, folder)}
+
+
+def _inputs(traced: Mapping[str, Traced]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The adapter's inputs, which all graphs have, and their defaults."""
+    one = next(iter(traced.values()))
+    return one.adapter_inputs, {name: tensor.numpy() for name, tensor in one.defaults.items()}
+
+
+def _save_all(
+    graphs: Mapping[str, ModelProto], inputs: Sequence[str], defaults: Mapping[str, np.ndarray], folder: Path
+) -> None:
+    for graph in graphs.values():
+        add_defaults(graph, defaults)
+    check_inputs(list(graphs.values()), inputs)
+    for file, graph in graphs.items():
+        save_graph(graph, folder / file)
 
 
 def _check_drift(job: Job, made: _Made, rows: Sequence[Row]) -> None:
@@ -175,69 +207,6 @@ def _arrays(adapter: AdapterTensors, defaults: Mapping[str, np.ndarray]) -> dict
     return {**defaults, **{name: tensor.numpy() for name, tensor in adapter.named().items()}}
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """Quantised graphs made from the fp32 one on disk, and how far each drifts from torch."""
-
-    plain: Path
-    precision: str
-    inputs: list[str]
-    probes: tuple[Sequence[Sequence[int]], Sequence[Tensor]]
-    adapter: Mapping[str, np.ndarray]
-
-    def _graph(self) -> tuple[ModelProto, Graph]:
-        proto = onnx.load(str(self.plain), load_external_data=False)
-        return proto, Graph(proto, self.plain.parent)
-
-    def kinds(self) -> list[str]:
-        """Kinds of layers that may be left out, in the order of the graph."""
-        _, graph = self._graph()
-        return list(
-            dict.fromkeys(linear.kind for linear in find_linears(graph, self.inputs) if linear.kind != HEAD_KIND)
-        )
-
-    def build(self, left_out: frozenset[str], plain: bool = False) -> ModelProto:
-        """The graph with these kinds left out: of int8 arithmetic, to 8-bit weights; else, or if `plain`, to fp32."""
-        proto, graph = self._graph()
-        quantise(graph, self.precision, left_out, plain or self.precision != FULL, self.inputs)
-        return proto
-
-    def drift(self, left_out: frozenset[str]) -> float:
-        """KL(torch || graph), nats a token, on the probes with the first adapter."""
-        return self._measured(self.build(left_out))
-
-    def drift_alone(self, left_out: frozenset[str]) -> float:
-        """As `drift`, with these kinds in fp32."""
-        return self._measured(self.build(left_out, plain=True))
-
-    def _measured(self, proto: ModelProto) -> float:
-        place = self.plain.with_name(".fp32.onnx_trial")
-        load_external_data_for_model(proto, str(self.plain.parent))
-        save_graph(proto, place)
-        ids, wanted = self.probes
-        session = session_of(place, torch.get_num_threads())
-        found = [torch.from_numpy(_first_output(session, row, self.adapter)) for row in ids]
-        for file in self.plain.parent.glob(f"{place.name}*"):
-            file.unlink()
-        if found[0].shape[-1] != wanted[0].shape[-1] or found[0].ndim != wanted[0].ndim:
-            found = [out.reshape(one.shape) for out, one in zip(found, wanted, strict=True)]
-        return compare(wanted, found).kl
-
-
-def _first_output(session: Any, row: Sequence[int], adapter: Mapping[str, np.ndarray]) -> np.ndarray:
-    ids = np.array([list(row)], np.int64)
-    feeds: dict[str, np.ndarray] = {"input_ids": ids, "attention_mask": np.ones_like(ids), **adapter}
-    for node in session.get_inputs():
-        if node.name.startswith("past_key_values."):
-            feeds[node.name] = np.zeros((1, node.shape[1], 0, node.shape[3]), np.float32)
-        if node.name == "token_type_ids":
-            feeds[node.name] = np.zeros_like(ids)
-        if node.name == "logit_positions":
-            feeds[node.name] = np.arange(ids.shape[1])
-    (output, *_) = session.run(None, feeds)
-    return output[0]
-
-
 # --- beside it -----------------------------------------------------------------------------------------------------
 
 
@@ -257,14 +226,15 @@ def _write_beside(
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         job.tokenizer.save_pretrained(folder)
+    start_id, first_id = _beginning(model)
     manifest = Manifest(
         task=job.target.needs.task, base=job.target.model.name, base_sha256=sha256, precision=precision,
         is_merged=bool(job.settings["merged"]),
-        files=describe_files(folder, [name for name in (GRAPH_FILE, WEIGHTS_FILE) if (folder / name).exists()]),
+        files=describe_files(folder, _graph_files(folder, GRAPH_FILES.get(job.target.needs.task, (GRAPH_FILE,)))),
         adapters=entries, chat_template=template, layout=job.target.needs.layout,
         pooling=_pooling(job),
         labels=None if head is None or head.labels is None else list(head.labels.names),
-        max_positions=num_positions(model),
+        max_positions=num_positions(model), start_id=start_id, first_id=first_id,
     )  # fmt: skip
     for name, adapter in adapters.items():
         file = f"{ADAPTERS_FOLDER}/{name}{ADAPTER_SUFFIX}"
@@ -273,6 +243,19 @@ def _write_beside(
         entries[name] = AdapterEntry(file, sha256_file(folder / file), min(ranks), max(ranks))
     write_manifest(folder, manifest)
     return manifest
+
+
+def _graph_files(folder: Path, graphs: Sequence[str]) -> list[str]:
+    """The graphs, and their large weights."""
+    names = [name for graph in graphs for name in (graph, f"{graph}{DATA_SUFFIX}")]
+    return [name for name in names if (folder / name).exists()]
+
+
+def _beginning(model: PreTrainedModel) -> tuple[int | None, int | None]:
+    """What a decoder of its own starts from, and what it has to write first."""
+    if not writes_apart(model) or model.generation_config is None:
+        return None, None
+    return start_token_id(model), model.generation_config.forced_bos_token_id
 
 
 def _pooling(job: Job) -> str | None:
@@ -287,7 +270,7 @@ def _pooling(job: Job) -> str | None:
 
 
 def _row(
-    job: Job, model: PreTrainedModel, export: OnnxModel, adapter: str | None, artifact: str, made: _Made,
+    job: Job, model: PreTrainedModel, export: Export, adapter: str | None, artifact: str, made: _Made,
     probes: tuple[Sequence[Sequence[int]], Sequence[Tensor]],
 ) -> Row:  # fmt: skip
     """The graph with one adapter, or none, against the model in torch as it is now."""
@@ -296,24 +279,23 @@ def _row(
     found = onnx_logits(export, ids, adapter, model.config.problem_type)
     difference = compare(wanted, found)
     more: dict[str, Any] = {"precision": precision, "left_out": sorted(made.left_out)}
-    notes = [f"run by ONNX Runtime on {torch.get_num_threads()} thread(s)"]
-    speedup = None
-    if job.target.needs.task == CAUSAL:
+    prompts = [list(probe[:PROMPT_TOKENS]) for probe in ids[:NUM_PROMPTS]]
+    speedup = paired_ratio(torch_run(model, prompts[0]), onnx_run(export, prompts[0], adapter))
+    notes = [
+        f"run by ONNX Runtime on {torch.get_num_threads()} thread(s)",
+        f"speed: {what_is_timed(model, prompts[0])}, in turns with torch fp32",
+    ]
+    if job.target.needs.task in GENERATES:
         stepped = compare_by_token(model, export, ids, adapter)
-        prompts = [list(probe[:PROMPT_TOKENS]) for probe in ids[:NUM_PROMPTS]]
         texts = written(export, prompts, adapter, NUM_WRITTEN)
         more |= {
             "by_token_max_abs_diff": stepped.max_abs_diff, "by_token_kl": stepped.kl,
             "same_text": same_text(model, prompts, texts), "threads": torch.get_num_threads(),
         }  # fmt: skip
-        if artifact == GRAPH_FILE:
-            pair = (torch_steps(model, prompts[0], TIMED_TOKENS), onnx_steps(export, prompts[0], TIMED_TOKENS, adapter))
-            speedup = paired_ratio(*pair, TIMED_ROUNDS)
-            notes.append(f"speed: {TIMED_TOKENS} tokens behind {len(prompts[0])}, in turns with torch fp32")
-    size = size_of(export.folder / artifact)
-    if artifact == GRAPH_FILE:
-        size += size_of(export.folder / WEIGHTS_FILE) if (export.folder / WEIGHTS_FILE).exists() else 0
-        notes.append("the base alone" if adapter is None and not export.manifest.is_merged else "the adapter folded in")
+    size = size_of(export.folder / artifact) if adapter is not None else 0
+    if adapter is None:
+        size = sum(size_of(export.folder / name) for name in _graph_files(export.folder, export.manifest.graphs))
+        notes.append("the adapter folded in" if export.manifest.is_merged else "the base alone")
     return compared_row(
         artifact, size, difference, speedup=speedup, note="; ".join(notes), more=more,
         bounds=_bounds(job, precision, more),

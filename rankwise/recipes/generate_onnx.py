@@ -15,11 +15,14 @@ from rankwise.data.formats import Turn
 from rankwise.data.templates import render_prompt, stop_token_ids
 from rankwise.errors import RequestError
 from rankwise.evaluate.generate import answer_text
+from rankwise.export.onnx_folder import read_manifest
 from rankwise.export.onnx_runtime import Decoding, OnnxModel, Sampling
+from rankwise.export.onnx_seq2seq import OnnxSeq2Seq
 from rankwise.models.quiet import quietly
 from rankwise.recipes.session import Session
 
-WRITES = "causal-lm"
+RUNTIMES: dict[str, type[OnnxModel] | type[OnnxSeq2Seq]] = {"causal-lm": OnnxModel, "seq2seq-lm": OnnxSeq2Seq}
+"""For the tasks of models that write."""
 
 
 @final
@@ -31,11 +34,11 @@ class OnnxSession(Session):
 
         Raises: RequestError for a folder or adapter that can't be used.
         """
-        self.model = OnnxModel(folder)
-        manifest = self.model.manifest
-        if manifest.task != WRITES:
+        manifest = read_manifest(folder)
+        if manifest.task not in RUNTIMES:
             raise RequestError(f"'{folder}' is a {manifest.task} export and writes no answers")
         self.adapter = manifest.choose(adapter)
+        self.model = RUNTIMES[manifest.task](folder, adapters=[] if self.adapter is None else [self.adapter])
         self.sampling = sampling
         self._name = folder
         self._is_alone = False
@@ -44,7 +47,6 @@ class OnnxSession(Session):
             template = str(self.model.folder / template)
         self.data = DataConfig(train="prompts", packing=False, chat_template=template)
         self.tokenizer = _tokenizer(self.model.folder)
-        self.model.options([] if self.adapter is None else [self.adapter])  # one that can't be read is said now
 
     @property
     @override

@@ -182,10 +182,10 @@ def test_trap_a_rewriting_that_takes_defaults_for_constants_is_found(exported):
     """As quantisers do: rank 0 is baked in, and the adapter would have no effect."""
     model = onnx.load(str(exported.file), load_external_data=False)
     name = exported.traced.adapter_inputs[0]
-    check_inputs(model, exported.traced.adapter_inputs)
+    check_inputs([model], exported.traced.adapter_inputs)
     model.graph.input.remove(next(value for value in model.graph.input if value.name == name))
     with pytest.raises(WorkError, match=r"has lost 1 of its \d+ adapter inputs \('.*lora_A'\)"):
-        check_inputs(model, exported.traced.adapter_inputs)
+        check_inputs([model], exported.traced.adapter_inputs)
 
 
 # --- fewer bits ----------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_a_quantised_graph_is_near_and_keeps_its_adapters(exported, tmp_path, pr
     assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
     quantise(graph, precision, skip=exported.traced.adapter_inputs)
     add_defaults(model, exported.defaults)
-    check_inputs(model, exported.traced.adapter_inputs)
+    check_inputs([model], exported.traced.adapter_inputs)
     onnx.external_data_helper.load_external_data_for_model(model, str(exported.root))
     save_graph(model, tmp_path / "model.onnx")
     session = session_of(tmp_path / "model.onnx", 1)

@@ -1,22 +1,19 @@
-"""`--to onnx` of classifiers, taggers and embedding models, whose heads and adapters are switched; T5 is refused."""
+"""`--to onnx` of classifiers, taggers and embedding models, whose heads and adapters are switched."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from rankwise.errors import RequestError
 from rankwise.export.onnx_folder import read_manifest
 from rankwise.export.onnx_runtime import OnnxModel
 from rankwise.recipes.export import export
 from rankwise.recipes.finetune import train
 from rankwise.recipes.target import find_target, open_target
 from tests import tiny
-from tests.recipes.trained import run_document
 from tests.train.labelled import OBJECTIVE, rows, write
 
 
@@ -56,14 +53,3 @@ def test_heads_and_hidden_states_are_torchs(kind, tmp_path):
     assert found.shape == tuple(wanted.shape) and np.abs(found - wanted.numpy()).max() < 1e-4
     assert np.abs(model.encode(row) - found).max() > 1e-3, "without the adapter and its head"
     assert (stated.pooling is not None) == (kind == "pairs") and (stated.labels is None) == (kind == "pairs")
-
-
-def test_encoder_decoder_models_are_refused_with_the_way_out(tmp_path):
-    model = tiny.t5()
-    model.save_pretrained(tmp_path / "model")
-    tiny.tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "model")
-    document = run_document(tmp_path, str(tmp_path / "model"), objective="seq2seq", steps=1)
-    train(document, quiet=True)
-    with pytest.raises(RequestError, match=r"is an encoder-decoder model, .*; export it with --to merged"):
-        export(str(tmp_path / "run"), str(tmp_path / "onnx"), "onnx", {}, device="cpu")
-    assert not (tmp_path / "onnx").exists() and json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -13,6 +13,7 @@ import pytest
 
 from rankwise.cli.main import main
 from rankwise.errors import RequestError
+from rankwise.export import onnx_adapter_files
 from rankwise.export.onnx_folder import MANIFEST_FILE
 from rankwise.export.onnx_runtime import Decoding, OnnxModel, Sampling, choose_tokens
 from rankwise.recipes.export import export
@@ -103,9 +104,9 @@ def test_sampling_that_is_none(fields, what):
 def test_one_adapter_at_a_time(folder):
     model = OnnxModel(folder, 1)
     with pytest.raises(RequestError, match=r"one adapter at a time, not 2 \(run, twin\)"):
-        model.options(["run", "twin"])
+        model.adapters.options(["run", "twin"])
     with pytest.raises(RequestError, match="there is no adapter 'rum'; did you mean 'run'"):
-        model.options(["rum"])
+        model.adapters.options(["rum"])
 
 
 def test_several_adapters_and_none_named(folder):
@@ -143,15 +144,15 @@ def test_an_adapter_that_does_not_fit_is_refused(folder, tmp_path, tensors, what
     model = OnnxModel(folder, 1)
     file = written_adapter(tmp_path / "x.onnx_adapter", model.manifest.version, **tensors)
     with pytest.raises(RequestError, match=what):
-        model.add_adapter("x", file)
+        model.adapters.add("x", file)
 
 
 def test_an_adapter_of_another_base_is_refused(folder, tmp_path):
     model = OnnxModel(folder, 1)
     good = {A: np.zeros((32, 2), np.float32), B: np.zeros((2, 48), np.float32)}
     with pytest.raises(RequestError, match=r"belongs to another base \(model version 5, this export's is \d+\)"):
-        model.add_adapter("x", written_adapter(tmp_path / "x.onnx_adapter", 5, **good))
-    model.add_adapter("x", written_adapter(tmp_path / "y.onnx_adapter", model.manifest.version, **good))
+        model.adapters.add("x", written_adapter(tmp_path / "x.onnx_adapter", 5, **good))
+    model.adapters.add("x", written_adapter(tmp_path / "y.onnx_adapter", model.manifest.version, **good))
     row = tiny.token_ids(1, 5)[0].tolist()
     assert np.abs(model.logits(row, "x") - model.logits(row)).max() < 1e-6, "of zeros"
 
@@ -166,13 +167,34 @@ def test_torn_and_missing_files_are_named(copied):
     adapter = copied / "adapters" / "run.onnx_adapter"
     adapter.write_bytes(adapter.read_bytes()[:-5])
     with pytest.raises(RequestError, match=r"run\.onnx_adapter' is not the file that was written"):
-        OnnxModel(copied, 1).options(["run"])
+        OnnxModel(copied, 1)
+    with pytest.raises(RequestError, match=r"run\.onnx_adapter' is not the file that was written"):
+        OnnxModel(copied, 1, adapters=["twin"]).adapters.options(["run"])
     (copied / "model.onnx").unlink()
     with pytest.raises(RequestError, match=r"model\.onnx' is missing; copy the whole folder"):
         OnnxModel(copied, 1)
     (copied / MANIFEST_FILE).write_text("{")
     with pytest.raises(RequestError, match=r"rankwise_onnx\.json' can't be read"):
         OnnxModel(copied, 1)
+
+
+def test_the_first_use_finds_a_file_that_was_checked_while_opening(copied, monkeypatch):
+    read: list[str] = []
+    real = onnx_adapter_files.sha256_file
+    monkeypatch.setattr(onnx_adapter_files, "sha256_file", lambda path: read.append(path.stem) or real(path))
+    model = OnnxModel(copied, 1)
+    assert sorted(read) == ["run", "twin"]
+    for name in ("run", "twin", "run"):
+        model.adapters.options([name])
+    assert len(read) == 2, "nothing was read again"
+    file = copied / "adapters" / "run.onnx_adapter"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    model.adapters.forget("run")
+    with pytest.raises(RequestError, match=r"run\.onnx_adapter' is not the file that was written"):
+        model.adapters.options(["run"])
+    assert read[2:] == ["run"]
 
 
 # --- commands ------------------------------------------------------------------------------------------------------
