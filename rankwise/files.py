@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import WriteError
+from rankwise.errors import RequestError, WriteError
 
 
 def _sync(path: Path) -> None:
@@ -28,8 +28,23 @@ def _failed(path: Path, error: OSError | WriteError) -> WriteError:
     return WriteError(str(path), reason)
 
 
+def unreachable(path: str | os.PathLike[str]) -> str | None:
+    """Why nobody can even look whether `path` is there, in words: no name of a file, a missing right. None: one can."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError:  # a NUL, half of a surrogate pair
+        return "no file's name can have such characters"
+    return None
+
+
 def obstacle(path: str | os.PathLike[str]) -> str | None:
     """What stands in the way of making the folder `path`, in words: a file, a missing right. None: nothing does."""
+    if (found := unreachable(path)) is not None:
+        return found
     target = Path(path).absolute()
     for folder in (target, *target.parents):
         if folder.is_dir():
@@ -37,6 +52,14 @@ def obstacle(path: str | os.PathLike[str]) -> str | None:
         if folder.exists() or folder.is_symlink():
             return f"'{folder}' is not a folder"
     return None
+
+
+def check_new_folder(path: str | os.PathLike[str]) -> None:
+    """Raises: RequestError for an output folder that exists or can't be made."""
+    if (found := unreachable(path)) is None and Path(path).exists():
+        raise RequestError(f"output folder '{path}' exists; choose another, or remove it")
+    if (found := found or obstacle(path)) is not None:
+        raise RequestError(f"output folder '{path}' can't be made: {found}; choose another")
 
 
 @contextlib.contextmanager

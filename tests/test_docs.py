@@ -14,7 +14,8 @@ import yaml
 
 import rankwise
 from rankwise.cli import main as cli
-from rankwise.recipes.run import FROM, SECTIONS, RunConfig, StartFrom, build_run, read_run
+from rankwise.recipes.run import SECTIONS, RunConfig, StartFrom, build_run, read_run
+from rankwise.recipes.run_yaml import FROM
 from tests.recipes.trained import rows, run_document, save_model, write_rows
 
 ROOT = Path(__file__).parents[1]

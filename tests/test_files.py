@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rankwise import files
-from rankwise.errors import WriteError
-from rankwise.files import obstacle, replacing, replacing_folder, write_text
+from rankwise.errors import RequestError, WriteError
+from rankwise.files import check_new_folder, obstacle, replacing, replacing_folder, write_text
 
 
 def test_a_failure_inside_names_the_folder_that_was_asked_for(tmp_path: Path) -> None:
@@ -37,6 +37,14 @@ def test_obstacles(tmp_path: Path) -> None:
     assert obstacle(tmp_path / "file" / "a" / "b") == f"'{tmp_path}/file' is not a folder"
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     assert obstacle(tmp_path / "gone" / "a") == f"'{tmp_path}/gone' is not a folder"
+
+
+@pytest.mark.parametrize(("name", "words"), [("x" * 300, "too long"), ("a\0b", "characters"), ("\ud800", "characters")])
+def test_names_that_no_file_has(tmp_path: Path, name: str, words: str) -> None:
+    for path in (tmp_path / name, tmp_path / name / "a"):
+        assert words in str(obstacle(path))
+        with pytest.raises(RequestError, match=f"can't be made: .*{words}.*; choose another"):
+            check_new_folder(path)
 
 
 def test_a_folder_without_the_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,8 @@ class Chunk:
     """Some rows, encoded. `examples` lack their `source`, for which all prompts of their file must be known."""
 
     examples: list[Example] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    """The row of each example. A place does not tell them apart: a JSON list may stand on one line."""
     counts: Counts = field(default_factory=Counts)
     prompts: dict[str, Prompts] = field(default_factory=dict)
     """By file."""
@@ -137,6 +139,7 @@ class Encoder:
             is_emptied = _is_emptied(item, parts, example)
             if not is_emptied:
                 chunk.examples.append(example)
+                chunk.rows.append(item.row)
             counts = chunk.counts
             counts.rows += 1
             counts.truncated += any(part.was_cut for part in parts)

@@ -70,7 +70,7 @@ class HeadEncoder:
             except RowError as reason:
                 chunk.problems.append(Problem(row.file, row.line, str(reason)))
         encoders = {CLASSES: self._classes, TAGS: self._tags, PAIRS: self._pairs}
-        for example, was_cut in encoders[self.layout](usable):
+        for (row, _), (example, was_cut) in zip(usable, encoders[self.layout](usable), strict=True):
             has_special = any(token in example.text for token in self._specials)
             missed = 0
             if self.layout == TAGS:
@@ -79,6 +79,7 @@ class HeadEncoder:
             chunk.counts.add(Counts(1, was_cut, emptied, 0, 0, has_special, missed))
             if not emptied:
                 chunk.examples.append(example)
+                chunk.rows.append(row)
         return chunk
 
     def _targets(self, row: Row) -> tuple[int, ...]:

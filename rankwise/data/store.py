@@ -25,7 +25,7 @@ import numpy as np
 from rankwise.data.example import Example
 from rankwise.models.batch import IGNORED
 
-FORMAT = 2
+FORMAT = 3
 """Of the two files; a cache of another one is made anew."""
 
 EXAMPLES, INDEX = "examples.bin", "index.bin"

@@ -25,7 +25,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
-from operator import attrgetter
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -51,9 +50,6 @@ MOST_WORKERS = 16
 """`auto` stops there: this process reads the rows for all of them."""
 
 
-_PLACE = attrgetter("file", "line")
-
-
 @dataclass(frozen=True)
 class Encoding:
     """What decides how rows are encoded: the arguments of `Encoder`, or of `HeadEncoder`."""
@@ -76,17 +72,15 @@ class EncodedChunk:
 
     records: Records
     rest: Chunk
-    """Without examples."""
+    """Without examples and their rows."""
 
 
 def encode_chunk(encoder: Encoder | HeadEncoder, rows: Sequence[Row]) -> EncodedChunk:
     """Encodes rows to records. Raises: RequestError for a template that can't be used."""
     with _uncollected():
         chunk = encoder.encode(rows)
-        by_place = dict(zip(map(_PLACE, rows), rows, strict=True))
-        kept = [by_place[place] for place in map(_PLACE, chunk.examples)]
-        made = records(chunk.examples, [row_key(row) for row in kept], [row_group(row) for row in kept])
-        chunk.examples = []
+        made = records(chunk.examples, [row_key(row) for row in chunk.rows], [row_group(row) for row in chunk.rows])
+        chunk.examples, chunk.rows = [], []
     return EncodedChunk(made, chunk)
 
 

@@ -25,7 +25,8 @@ from rankwise.errors import RequestError, did_you_mean
 from rankwise.files import sha256_bytes, sha256_file
 from rankwise.models.embedded import EMBEDDED
 from rankwise.recipes.resume import FREE
-from rankwise.recipes.run import RunConfig, absolute_paths, build_run, read_yaml, run_document
+from rankwise.recipes.run import RunConfig, build_run, run_document
+from rankwise.recipes.run_yaml import absolute_paths, read_yaml
 from rankwise.train.needs import NEEDS
 
 CELL_MODULE = "rankwise.recipes.bench_cell"

@@ -25,7 +25,7 @@ from rankwise.attach import peft_format
 from rankwise.attach.checkpoint import HEAD_FILE, NESTED_FILE, read_config, read_head, read_nested, read_tensors
 from rankwise.attach.targets import alpha_in
 from rankwise.errors import RequestError, did_you_mean
-from rankwise.files import obstacle, replacing_folder
+from rankwise.files import check_new_folder, replacing_folder
 from rankwise.recipes.adapter_files import write_adapter
 from rankwise.recipes.inspect import FACTOR_NAMES, factors
 from rankwise.recipes.rank_map import vllm_max_lora_rank
@@ -124,10 +124,7 @@ def _check_request(out: str, rank: int | None, energy: float | None) -> None:
         raise RequestError(f"--energy must be above 0 and at most 1, not {energy:g}; 0.99 keeps nearly everything")
     if rank is not None and rank < 1:
         raise RequestError(f"--rank must be a whole number from 1, not {rank}")
-    if Path(out).exists():
-        raise RequestError(f"output folder '{out}' exists; choose another, or remove it")
-    if (found := obstacle(out)) is not None:
-        raise RequestError(f"output folder '{out}' can't be made: {found}; choose another")
+    check_new_folder(out)
 
 
 def _check_lower(rank: int | None, ranks: dict[str, int], adapter: str) -> None:

@@ -26,7 +26,7 @@ from rankwise.attach.checkpoint import HEAD_FILE, read_config, read_head, read_t
 from rankwise.attach.gate_folder import is_gate_folder, read_gate_folder, read_tables, with_ranks
 from rankwise.attach.targets import alpha_in
 from rankwise.errors import RequestError
-from rankwise.files import obstacle, replacing_folder
+from rankwise.files import check_new_folder, replacing_folder
 from rankwise.recipes.adapter_files import write_adapter
 from rankwise.recipes.inspect import FACTOR_NAMES, factors
 from rankwise.recipes.output import RUN_FILE
@@ -86,7 +86,7 @@ def fold(
 
     Raises: RequestError for a folder that exists or can't be folded, an unknown task, or a rank without effect.
     """
-    check_out(out)
+    check_new_folder(out)
     if rank is not None and energy is not None:
         raise RequestError("give --rank or --energy, not both")
     if energy is not None and not 0 < energy <= 1:
@@ -137,14 +137,6 @@ def folded(target: Target) -> Iterator[Target]:
         one = Path(folder) / ADAPTER
         fold(str(target.adapter), one, task=target.task)
         yield dataclasses.replace(target, adapter=one, gate=None, task=None)
-
-
-def check_out(out: str | Path) -> None:
-    """Raises: RequestError for an output folder that exists or can't be made."""
-    if Path(out).exists():
-        raise RequestError(f"output folder '{out}' exists; choose another, or remove it")
-    if (found := obstacle(out)) is not None:
-        raise RequestError(f"output folder '{out}' can't be made: {found}; choose another")
 
 
 def read_member(folder: Path) -> Member:

@@ -13,7 +13,7 @@ from rankwise.data.rows import expand
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.export.certificate import MAX_PROBE_TOKENS
 from rankwise.export.merged import DTYPES, Merged, Probes, dtype_name, merge_to_folder
-from rankwise.files import obstacle
+from rankwise.files import check_new_folder
 from rankwise.models.load import load_config
 from rankwise.recipes.fold import folded
 from rankwise.recipes.target import Target, find_adapters, open_in, target_head, target_tokenizer
@@ -50,10 +50,7 @@ def merge(
     Raises: RequestError for a folder that exists, or an adapter that can't be read; WorkError when the merged model
     differs from the adapter model by more than the bound (nothing is left on disk).
     """
-    if Path(out).exists():
-        raise RequestError(f"output folder '{out}' exists; choose another, or remove it")
-    if (found := obstacle(out)) is not None:
-        raise RequestError(f"output folder '{out}' can't be made: {found}; choose another")
+    check_new_folder(out)
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}")
     target = find_adapters(adapter, base, device, task)

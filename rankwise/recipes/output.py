@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rankwise.errors import RequestError
-from rankwise.files import obstacle, sweep, write_json, write_text
+from rankwise.files import obstacle, sweep, unreachable, write_json, write_text
 from rankwise.recipes.names import (
     CONFLICT_FILE,
     JOB_FILE,
@@ -62,8 +62,9 @@ class RunFolder:
 
         Raises: RequestError when it exists and this is no resume, it is not a run's, or it can't be made.
         """
-        if not self.path.exists():
-            if (found := obstacle(self.path)) is not None:
+        found = unreachable(self.path)
+        if found is not None or not self.path.exists():
+            if (found := found or obstacle(self.path)) is not None:
                 raise RequestError(f"output '{self.path}' can't be made: {found}; choose another")
             return False
         if not self.path.is_dir():

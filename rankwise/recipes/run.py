@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,19 @@ import yaml
 
 from rankwise.adapters.config import LoraConfig
 from rankwise.config import build, checked_value, to_dict
-from rankwise.data.config import HUB_PREFIX, OFF, TEMPLATE_SUFFIX, DataConfig
+from rankwise.data.config import DataConfig
 from rankwise.data.formats import FORMATS
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.models.config import ModelConfig
 from rankwise.ranks.config import MOVING, PLANNED, RESIZING, RanksConfig
 from rankwise.recipes.run_tasks import (
-    absolute_task_paths,
     adapter_of_tasks,
     check_tasks,
     shared_of_extended,
     with_task_files,
     without_task_files,
 )
+from rankwise.recipes.run_yaml import FROM, absolute_paths, parse_override, read_yaml
 from rankwise.tasks.config import TasksConfig
 from rankwise.train.config import AUTO, TrainConfig
 from rankwise.train.needs import NEEDS, remedy_for
@@ -45,10 +45,6 @@ SECTIONS: dict[str, type[Any]] = {
     "tasks": TasksConfig,
 }
 """Sections that are mappings; `output` stands beside them."""
-
-EMBEDDED_MODELS = ("demo", "demo-encoder")
-DATA_FILES = ("train", "valid", "test")
-FROM = "from"
 
 
 @dataclass(frozen=True)
@@ -323,109 +319,10 @@ def run_yaml(run: RunConfig) -> str:
     return yaml.safe_dump(run_document(run), sort_keys=False, allow_unicode=True)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping: the first would silently have no effect."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As the base class's, for mappings without repeats."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is set twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file with a mapping in it.
-
-    Raises: RequestError for a missing file, broken YAML, or anything but a mapping.
-    """
-    if path.is_dir():
-        raise RequestError(f"'{path}' is a folder, not a run file; a run's folder has its own in '{path / 'run.yaml'}'")
-    try:
-        # the loader is SafeLoader with one check more
-        document = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506
-    except FileNotFoundError:
-        raise RequestError(f"there is no run file '{path}'") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"cannot read the run file '{path}': {error}") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f", line {mark.line + 1}" if mark else ""
-        raise RequestError(f"the run file '{path}' is not YAML{where}: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise RequestError(f"the run file '{path}' is not YAML: {error}") from None
-    if not isinstance(document, dict):
-        raise RequestError(f"the run file '{path}' must hold settings (model:, data:, train:, ...), not {document!r}")
-    return {str(key): value for key, value in document.items()}
-
-
-def parse_override(text: str) -> dict[str, Any]:
-    """`train.lr=1e-3` as {"train": {"lr": 1e-3}}; the value is YAML.
-
-    Raises: RequestError when it is not `key=value`.
-    """
-    key, equals, value = text.partition("=")
-    names = key.split(".")
-    if not equals or not all(names):
-        raise RequestError(f"'{text}' is not a setting; write key=value, as in train.lr=1e-3")
-    try:
-        parsed: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RequestError(f"the value of '{text}' is not YAML; quote it") from None
-    for name in reversed(names):
-        parsed = {name: parsed}
-    return parsed
-
-
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` over `below`: mappings of a section join, anything else replaces."""
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
         result[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return result
-
-
-def absolute_paths(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The document with every path in it made absolute, relative ones from `folder`."""
-
-    def absolute(value: Any) -> Any:
-        if isinstance(value, list):
-            return [absolute(item) for item in value]
-        if isinstance(value, Mapping) and "path" in value:  # a source of training rows
-            return {**value, "path": absolute(value["path"])}
-        if not isinstance(value, str) or value.startswith(HUB_PREFIX):
-            return value
-        return os.path.normpath(folder / Path(value).expanduser())
-
-    def model(value: Any) -> Any:
-        if not isinstance(value, str) or value in EMBEDDED_MODELS:
-            return value
-        is_path = value.startswith((".", "~", os.sep)) or (folder / value).is_dir()
-        return absolute(value) if is_path else value
-
-    def cache(value: Any) -> Any:
-        return value if value in (AUTO, OFF, "") else absolute(value)
-
-    def template(value: Any) -> Any:
-        return absolute(value) if isinstance(value, str) and value.endswith(TEMPLATE_SUFFIX) else value
-
-    places: list[tuple[str, str, Callable[[Any], Any]]] = [("data", name, absolute) for name in DATA_FILES]
-    places += [
-        ("data", "cache", cache),
-        ("data", "chat_template", template),
-        ("adapter", FROM, absolute),
-        ("model", "name", model),
-    ]
-    result = dict(document)
-    for section, name, change in places:
-        inside = result.get(section)
-        if isinstance(inside, Mapping) and name in inside:
-            result[section] = {**inside, name: change(inside[name])}
-    if isinstance(result.get("tasks"), Mapping):
-        result["tasks"] = absolute_task_paths(result["tasks"], absolute)
-    if "output" in result:
-        result["output"] = absolute(result["output"])
     return result

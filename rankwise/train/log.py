@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rankwise.errors import WriteError
+from rankwise.errors import WorkError, WriteError
 from rankwise.files import write_text
 from rankwise.say import Say
 from rankwise.train.loggers import LOGGERS, LoggedRun, Logger
@@ -47,12 +47,17 @@ class JsonLines:
             raise WriteError(str(self.path), error.strerror or str(error)) from error
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines; a last line that a crash cut off is left out."""
+        """All whole lines; a last line that a crash cut off is left out. Raises: WorkError for one that is not JSON."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        # what follows the last line feed was never finished
-        return [json.loads(line) for line in lines[:-1] if line.strip()]
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last line feed was never finished
+        found: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                found += [json.loads(line)] if line.strip() else []
+            except ValueError:  # what a power failure leaves of blocks that were not written yet
+                raise WorkError(f"'{self.path}', line {number}: not JSON; remove that line to go on") from None
+        return found
 
     def drop_after(self, step: int) -> None:
         """Leaves only lines whose `step` is at most `step`: a resumed run writes the later ones again."""

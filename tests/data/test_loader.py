@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
 from rankwise.data.config import DataConfig
 from rankwise.data.encoder import Prompts
+from rankwise.data.labels import find_labels
 from rankwise.data.loader import load_examples
 from rankwise.data.rows import BadRows
 from rankwise.data.templates import stop_token_ids
@@ -43,6 +45,29 @@ def test_bad_rows_are_raised_together(name):
     with pytest.raises(BadRows) as caught:
         load(str(FIXTURES / "broken" / f"{name}.jsonl"))
     assert [problem.line for problem in caught.value.problems] == [7, 9, 11, 13, 15]
+
+
+@pytest.mark.parametrize("layout", ["whole", "classes"])
+def test_rows_of_one_line_are_told_apart(tmp_path, layout):
+    """`json.dump` of a list writes one line: places don't tell its rows apart, what they say does."""
+    rows = [{"prompt": f"a{i}", "completion": f"b{i % 3}"} for i in range(6)]
+    if layout == "classes":
+        rows = [{"text": row["prompt"], "label": row["completion"]} for row in rows]
+    keys = []
+    for indent in (None, 0):
+        path = tmp_path / f"rows{indent}.json"
+        path.write_text(json.dumps([*rows, rows[1]], indent=indent))
+        config = DataConfig(train=str(path))
+        loaded = load_examples(
+            str(path),
+            tiny.tiny_tokenizer(),
+            config,
+            layout,
+            labels=find_labels(config) if layout == "classes" else None,
+        )
+        keys.append(loaded.examples.column("key").tolist())
+    assert keys[0] == keys[1] and len(set(keys[0])) == len(rows)
+    assert keys[0][-1] == keys[0][1]
 
 
 def test_long_rows_keep_their_beginning(tmp_path):

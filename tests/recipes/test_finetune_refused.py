@@ -124,6 +124,9 @@ def test_a_file_in_the_way_of_the_output(files: Path, tmp_path: Path, monkeypatc
     for output in (tmp_path / "file" / "out", tmp_path / "file" / "deeper" / "out"):
         with pytest.raises(RequestError, match=r"can't be made: '.*/file' is not a folder; choose another"):
             train(settings(files, output), quiet=True)
+    for name in ("x" * 300, "a\0b", "\ud800"):  # which the disk can't hold
+        with pytest.raises(RequestError, match=r"can't be made: .*; choose another"):
+            train(settings(files, tmp_path / name), quiet=True)
     with pytest.raises(RequestError, match="is a file; choose another folder"):
         train(settings(files, tmp_path / "file"), resume=True, quiet=True)
     assert (tmp_path / "file").read_text() == "precious"

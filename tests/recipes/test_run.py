@@ -199,6 +199,12 @@ def test_defaults_are_not_settings_without_effect(run_file: Path, tmp_path: Path
         ("train: {lr: 1, lr: 2}\n", ("'lr' is set twice", "line 1")),
         ("data: {train: a.jsonl}\nmodel: {name: demo}\ndata: {train: b.jsonl}\n", ("'data' is set twice", "line 3")),
         ("model: {name: demo}\n", ("data.train",)),
+        ("data: {train: a.jsonl}\n? [a, b]\n: 1\n", ("list or mapping", "line 2")),
+        ("? {a: b}\n: 1\n", ("list or mapping", "line 1")),
+        ("data: {train: a.jsonl}\noutput: 2024-99-99\n", ("can't be read (month", "line 2", "quote it")),
+        ("data: {train: a.jsonl}\ntrain: {seed: " + "9" * 5000 + "}\n", ("can't be read", "line 2")),
+        ("data: " + "[" * 3000 + "]" * 3000, ("nested too deep",)),
+        ("data: {train: ~no-such-user/a.jsonl}\n", ("'~no-such-user/a.jsonl'", "no home folder")),
     ],
 )
 def test_a_broken_run_file(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
@@ -207,6 +213,12 @@ def test_a_broken_run_file(tmp_path: Path, text: str, words: tuple[str, ...]) ->
     with pytest.raises(RequestError) as error:
         read_run(path)
     assert all(word in error.value.message for word in words), error.value.message
+
+
+@pytest.mark.parametrize("value", ["2024-13-45", "{? [1] : 2}", "{lr: 1, lr: 2}", "[" * 3000, "9" * 5000])
+def test_an_override_that_is_not_yaml(run_file: Path, value: str) -> None:
+    with pytest.raises(RequestError, match="is not YAML; quote it"):
+        read_run(run_file, [f"train.lr={value}"])
 
 
 def test_a_missing_run_file(tmp_path: Path) -> None:

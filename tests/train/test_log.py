@@ -33,6 +33,23 @@ def test_lines_of_a_lost_part_are_dropped(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines.path.read_text().splitlines()] == [1, 2, 3]
 
 
+def test_a_full_disk_cuts_inside_of_a_character(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "samples.jsonl")
+    lines.append({"step": 1, "answer": "ä"})
+    with open(lines.path, "ab") as file:
+        file.write('{"step": 2, "answer": "ä'.encode()[:-1])
+    assert lines.read() == [{"step": 1, "answer": "ä"}]
+    lines.drop_after(1)
+    assert lines.path.read_text(encoding="utf-8") == '{"step": 1, "answer": "ä"}\n'
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.path.write_bytes(b'{"step": 1}\n\0\0\0\0\n')
+    with pytest.raises(WorkError, match=r"metrics.jsonl', line 2: not JSON; remove that line"):
+        lines.drop_after(1)
+
+
 def test_a_line_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(WorkError, match=r"cannot write .*gone/metrics\.jsonl"):
         JsonLines(tmp_path / "gone" / "metrics.jsonl").append({"step": 1})
