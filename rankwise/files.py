@@ -54,6 +54,14 @@ def obstacle(path: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def file_obstacle(path: str | os.PathLike[str]) -> str | None:
+    """What stands in the way of writing the file `path`, or of replacing it, in words. None: nothing does."""
+    target = Path(path).absolute()
+    if (found := unreachable(target) or obstacle(target.parent)) is not None:
+        return found
+    return f"'{target}' is a folder" if target.is_dir() else None
+
+
 def check_new_folder(path: str | os.PathLike[str]) -> None:
     """Raises: RequestError for an output folder that exists or can't be made."""
     if (found := unreachable(path)) is None and Path(path).exists():

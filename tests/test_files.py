@@ -9,7 +9,7 @@ import pytest
 
 from rankwise import files
 from rankwise.errors import RequestError, WriteError
-from rankwise.files import check_new_folder, obstacle, replacing, replacing_folder, write_text
+from rankwise.files import check_new_folder, file_obstacle, obstacle, replacing, replacing_folder, write_text
 
 
 def test_a_failure_inside_names_the_folder_that_was_asked_for(tmp_path: Path) -> None:
@@ -37,6 +37,13 @@ def test_obstacles(tmp_path: Path) -> None:
     assert obstacle(tmp_path / "file" / "a" / "b") == f"'{tmp_path}/file' is not a folder"
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     assert obstacle(tmp_path / "gone" / "a") == f"'{tmp_path}/gone' is not a folder"
+
+
+def test_a_file_may_be_replaced_and_a_folder_not(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert file_obstacle(tmp_path / "file") is None and file_obstacle(tmp_path / "a" / "b") is None
+    assert file_obstacle(tmp_path) == f"'{tmp_path}' is a folder"
+    assert file_obstacle(tmp_path / "file" / "b") == f"'{tmp_path}/file' is not a folder"
 
 
 @pytest.mark.parametrize(("name", "words"), [("x" * 300, "too long"), ("a\0b", "characters"), ("\ud800", "characters")])

@@ -59,11 +59,11 @@ def _page_file(name: str | None) -> Path | None:
     """Where the page goes. Raises: RequestError when it can't be written there."""
     if name is None:
         return None
-    from rankwise.files import obstacle
+    from rankwise.files import file_obstacle
 
     path = Path(name).absolute()
-    if (found := obstacle(path.parent)) is not None or path.is_dir():
-        raise RequestError(f"the page '{path}' can't be written: {found or 'it is a folder'}; choose another --html")
+    if (found := file_obstacle(path)) is not None:
+        raise RequestError(f"the page '{path}' can't be written: {found}; choose another --html")
     return path
 
 

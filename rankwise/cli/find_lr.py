@@ -33,11 +33,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = read_run(args.run_file, args.overrides)
     if args.apply and any(override.startswith("train.lr=") for override in args.overrides):
         raise RequestError("--apply writes train.lr, and an override sets it too; leave one of them out")
-    from rankwise.recipes.find_lr import apply_rate, find_lr, steps_for
+    from rankwise.recipes.find_lr import apply_rate, check_apply, find_lr, steps_for
     from rankwise.train.range_test import RangeTest
 
     test = RangeTest(args.lowest, args.highest, args.steps or steps_for(config), args.restarts)
     file = Path(args.run_file).absolute()
+    if args.apply:
+        check_apply(file)
     picture = Path(args.out).absolute() if args.out else file.with_name(f"{file.stem}.find-lr.png")
     result = find_lr(config, test, picture)
     if args.apply:

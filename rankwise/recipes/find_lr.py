@@ -14,7 +14,7 @@ import yaml
 
 from rankwise.attach.checkpoint import load_native_state, native_state
 from rankwise.errors import RequestError, WorkError
-from rankwise.files import obstacle, replacing, write_text
+from rankwise.files import file_obstacle, replacing, write_text
 from rankwise.recipes.finetune_job import Job, optimizer_of, prepare
 from rankwise.recipes.moving_ranks import at_start
 from rankwise.recipes.run import RunConfig, read_run
@@ -48,7 +48,7 @@ def find_lr(
     """
     config = read_run(run)
     test = test or RangeTest(num_steps=steps_for(config))
-    if picture is not None and (found := obstacle(picture)) is not None:
+    if picture is not None and (found := file_obstacle(picture)) is not None:
         raise RequestError(f"the picture '{picture}' can't be made: {found}; choose another with --out")
     job = prepare(_as_test(config, test), None, silent if quiet else to_stderr)
     result = measure(job, test, quiet)
@@ -160,18 +160,37 @@ def draw(found: Found, current: float, path: Path) -> None:
         canvas.print_figure(temporary, dpi=120, format="png")
 
 
+def check_apply(run_file: Path) -> None:
+    """Raises: RequestError where `apply_rate` will not be able to write, before a test has taken its minutes."""
+    if (found := file_obstacle(run_file)) is not None:
+        raise RequestError(f"--apply can't write '{run_file}': {found}; leave it out, or copy the run file")
+    if with_rate(_own_text(run_file)[0], 1.0) is None:
+        raise RequestError(
+            f"'{run_file}' writes train: in a way that can't be changed safely; leave --apply out, or write train: "
+            "with a setting a line"
+        )
+
+
 def apply_rate(run_file: Path, lr: float) -> None:
-    """Writes `train.lr` into a run file and leaves every other letter of it as it was.
+    """Writes `train.lr` into a run file and leaves every other letter of it, line ends too, as it was.
 
     Raises: RequestError when the file's own way of writing `train:` can't be changed so; it is then untouched.
     """
-    before = run_file.read_text(encoding="utf-8")
+    before, line_end = _own_text(run_file)
     after = with_rate(before, lr)
     if after is None:
         raise RequestError(
             f"'{run_file}' writes train: in a way that can't be changed safely; set train.lr to {lr:g} there"
         )
-    write_text(run_file, after)
+    write_text(run_file, after.replace("\n", line_end))
+
+
+def _own_text(run_file: Path) -> tuple[str, str]:
+    """The text, and what ends its lines: where all end in CRLF, they are given as LF."""
+    with open(run_file, encoding="utf-8", newline="") as file:
+        text = file.read()
+    plain = text.replace("\r\n", "\n")
+    return (plain, "\r\n") if plain != text and text.count("\n") == text.count("\r\n") else (text, "\n")
 
 
 def with_rate(text: str, lr: float) -> str | None:

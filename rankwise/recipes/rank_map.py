@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import RequestError, counted
-from rankwise.files import obstacle, replacing
+from rankwise.files import file_obstacle, replacing
 
 SHADES = " ░▒▓█"
 PICTURES = (".png", ".svg")
@@ -107,7 +107,7 @@ def check_picture(path: Path) -> None:
     """Raises: RequestError for a picture that can't be drawn there."""
     if path.suffix.lower() not in PICTURES:
         raise RequestError(f"the picture '{path}' must end in {' or '.join(PICTURES)}")
-    if (found := obstacle(path)) is not None:
+    if (found := file_obstacle(path)) is not None:
         raise RequestError(f"the picture '{path}' can't be made: {found}; choose another")
 
 

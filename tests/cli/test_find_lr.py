@@ -7,6 +7,7 @@ import json
 import pytest
 import yaml
 
+from rankwise.cli import find_lr
 from rankwise.cli.main import main
 from tests.recipes.trained import run_document, save_model
 
@@ -21,6 +22,7 @@ def run_file(tmp_path):
 
 
 def test_document_picture_and_apply(run_file, capsys):
+    (run_file.parent / "run.find-lr.png").write_bytes(b"of an earlier test")
     assert main(["find-lr", str(run_file), *SHORT, "--apply", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["lr"] > 0 and document["applied"] is True
@@ -28,12 +30,9 @@ def test_document_picture_and_apply(run_file, capsys):
     assert (run_file.parent / "run.find-lr.png").read_bytes().startswith(b"\x89PNG")
     assert yaml.safe_load(run_file.read_text())["train"]["lr"] == document["lr"]
     assert not (run_file.parent / "run").exists()
-
-
-def test_for_people(run_file, tmp_path, capsys):
-    assert main(["find-lr", str(run_file), *SHORT, "--out", str(tmp_path / "curve.png")]) == 0
+    find_lr.show({**document, "applied": False})  # the same for people
     text = capsys.readouterr().out
-    assert text.startswith("learning rate ") and str(tmp_path / "curve.png") in text and "--apply" in text
+    assert text.startswith("learning rate ") and document["picture"] in text and "--apply" in text
 
 
 @pytest.mark.parametrize(
@@ -44,6 +43,7 @@ def test_for_people(run_file, tmp_path, capsys):
         (["--apply", "train.lr=1e-3"], "an override sets it too"),
         (["train.lrr=1e-3"], "train.lrr"),
         (["--out", "{root}/model/config.json/x.png"], "can't be made"),
+        (["--out", "{root}/model"], "is a folder"),
     ],
 )
 def test_wrong_requests(run_file, capsys, arguments, message):

@@ -9,7 +9,7 @@ import yaml
 from rankwise.attach.checkpoint import native_state
 from rankwise.attach.inject import ranks
 from rankwise.errors import RequestError
-from rankwise.recipes.find_lr import _as_test, apply_rate, find_lr, measure, untrained_loss, with_rate
+from rankwise.recipes.find_lr import _as_test, apply_rate, check_apply, find_lr, measure, untrained_loss, with_rate
 from rankwise.recipes.finetune import train
 from rankwise.recipes.finetune_job import prepare
 from rankwise.recipes.run import read_run
@@ -101,6 +101,24 @@ def test_a_file_that_cannot_be_changed_safely_is_left_alone(tmp_path):
     with pytest.raises(RequestError, match=r"set train.lr to 0.0031 there"):
         apply_rate(path, 3.1e-3)
     assert path.read_text() == text
+
+
+def test_what_apply_can_not_write_is_said_before_the_test(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("shared: &train {steps: 3}\ntrain: *train\ndata: {train: a.jsonl}\n")
+    with pytest.raises(RequestError, match="can't be changed safely; leave --apply out"):
+        check_apply(path)
+    path.write_text("train: {steps: 3}\n")
+    check_apply(path)
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_line_ends_stay(tmp_path, end):
+    path = tmp_path / "run.yaml"
+    lines = [b"data: {train: a.jsonl}", b"train:", b"  steps: 3  # why", b""]
+    path.write_bytes(end.join(lines))
+    apply_rate(path, 3.1e-3)
+    assert path.read_bytes() == end.join([*lines[:2], b"  lr: 3.1e-03", *lines[2:]])
 
 
 def test_ranks_that_move_stay_in_the_test(document):

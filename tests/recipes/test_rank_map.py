@@ -58,6 +58,7 @@ def test_the_command_draws_it(suffix, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("")
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 3, "ranks": {"layers.0.q": 4}}) + "\n")
     picture = tmp_path / f"map.{suffix}"
+    picture.write_bytes(b"an older one")
     assert cli.main(["inspect", str(tmp_path), "--picture", str(picture)]) == 0
     text = capsys.readouterr().out
     assert "20█" in text and "step      3: 4 ranks in 1 layer," in text and "--max-lora-rank 32" in text
