@@ -31,7 +31,10 @@ def show(result: dict[str, Any]) -> None:
     """A line for each layer, what to isolate, the pairs over time."""
     from rankwise.recipes.conflict_report import text_report
 
-    print(f"cosines of the gradients of {', '.join(result['tasks'])}; in each layer the pair that is furthest apart")
+    print(
+        f"cosines of the gradients of {', '.join(result['tasks'])}; in each layer the pair that is furthest apart, and"
+    )
+    print("of each of the two its own: the cosine of two batches of that task, which noise brings down to 0")
     for line in text_report(result):
         print(line)
     if result["picture"] is not None:

@@ -32,15 +32,25 @@ def conflict_report(run: str, below: float = 0.0, picture: Path | None = None) -
     if picture is not None:
         check_picture(picture)
     measured = read_conflict(Path(run).expanduser())
-    apart = furthest([found for _, found in measured])
+    every = [found for _, found in measured]
+    apart = furthest(every)
     if picture is not None:
         draw_conflict(apart, measured, picture)
     return {
         "run": run,
         "tasks": list(measured[0][1].tasks),
-        "modules": [{"name": one.module, "cosine": one.cosine, "tasks": list(one.tasks)} for one in apart],
+        "modules": [
+            {
+                "name": one.module,
+                "cosine": one.cosine,
+                "tasks": list(one.tasks),
+                "own": list(one.own),
+                "clear": one.is_clear(below),
+            }
+            for one in apart
+        ],
         "below": below,
-        "isolate": isolated(apart, below),
+        "isolate": isolated(every, below),
         "over_time": [
             {"step": found.step, "stage": stage, "pairs": {f"{a}, {b}": mean for (a, b), mean in _means(found).items()}}
             for stage, found in measured
@@ -76,7 +86,7 @@ def _means(found: Conflict) -> dict[tuple[str, str], float]:
     """The mean cosine of each pair of tasks over all layers in which it could be measured."""
     means: dict[tuple[str, str], float] = {}
     for place, pair in enumerate(found.pairs):
-        values = [cosine for own in found.modules.values() if (cosine := own[place]) is not None]
+        values = [cosine for own in found.modules.values() if (cosine := own.between[place]) is not None]
         if values:
             means[pair] = sum(values) / len(values)
     return means
@@ -125,11 +135,11 @@ def text_report(report: dict[str, Any], most: int = 30) -> list[str]:
     """The report in lines: the layers from the furthest apart on, what to isolate, and the pairs over time."""
     modules = report["modules"]
     width = max((len(module["name"]) for module in modules[:most]), default=0)
-    lines = [f"{m['name']:{width}} {m['cosine']:+.3f}  {m['tasks'][0]}, {m['tasks'][1]}" for m in modules[:most]]
+    lines = [_layer_line(module, width, report["below"]) for module in modules[:most]]
     if len(modules) > most:
         lines.append(f"and {len(modules) - most} more, closer together")
     chosen = report["isolate"]
-    bound = f"a cosine below {report['below']:g}"
+    bound = f"a cosine clearly below {report['below']:g}"
     if chosen:
         share = f"{len(chosen)} of {len(modules)} layers have {bound}"
         lines.append(f"{share}: give each task an adapter there (tasks.isolate: auto, or their names)")
@@ -139,3 +149,13 @@ def text_report(report: dict[str, Any], most: int = 30) -> list[str]:
         pairs = "; ".join(f"{pair} {mean:+.2f}" for pair, mean in list(entry["pairs"].items())[:6])
         lines.append(f"step {entry['step']:>6,} ({entry['stage']}): {pairs}")
     return lines
+
+
+def _layer_line(module: dict[str, Any], width: int, below: float) -> str:
+    """A layer, its cosine, and each task's own beside its name; below the bound but not clearly: said to be noise."""
+    own = (
+        f"{task} {'none' if value is None else f'{value:+.3f}'}"
+        for task, value in zip(module["tasks"], module["own"], strict=True)
+    )
+    noise = "  not clear of noise" if module["cosine"] < below and not module["clear"] else ""
+    return f"{module['name']:{width}} {module['cosine']:+.3f}  own: {', '.join(own)}{noise}"

@@ -1,8 +1,9 @@
 """The conflict of a run's tasks, measured while it trains: each task's gradient at parameters that all tasks share.
 
 Where a layer has an adapter for each task, these take part in equal shares, so that every task's gradient reaches all
-of them; the rows are the same each time, the first of a shuffle. A measurement costs one forward and one backward pass
-of `tasks.conflict_rows` rows of each task, and memory for T gradients of the adapters. It changes nothing in the run.
+of them; the rows are the same each time, the first of a shuffle, in two batches for each task. A measurement costs one
+forward and one backward pass of `tasks.conflict_rows` rows of each task, and memory for 2 T gradients of the adapters.
+It changes nothing in the run.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from transformers import PreTrainedModel
 from rankwise.attach.attachment import adapter_layers
 from rankwise.data.example import Example
 from rankwise.data.packing import epoch_order
-from rankwise.tasks.conflict import Conflict, cosines
-from rankwise.train.objective import Objective, total_weight, weighted_sum
+from rankwise.errors import RequestError
+from rankwise.tasks.conflict import Conflict, Cosines, cosines
+from rankwise.train.objective import Objective, weighted_sum
 from rankwise.train.rng import untouched
 
 STREAM = 2**31
@@ -56,6 +58,12 @@ class ConflictMeter:
             name: [own[int(row)] for row in epoch_order(len(own), seed, 0, STREAM)[:num_rows]]
             for name, own in examples.items()
         }
+        few = next((name for name, rows in self._rows.items() if len(rows) < 2), None)
+        if few is not None:
+            raise RequestError(
+                f"task '{few}' has one row, and the conflict of tasks is measured on two batches of each; give it more "
+                "rows, or leave out tasks.conflict_every and isolate: auto"
+            )
 
     def measure(self, step: int) -> Conflict:
         """The cosines of all pairs of tasks in each adapted layer, as the model is after `step`."""
@@ -63,30 +71,31 @@ class ConflictMeter:
         layers = {name: list(layer.peft_parameters().values()) for name, layer in found_layers.items()}
         every = [parameter for parameters in layers.values() for parameter in parameters]
         with untouched(self._model, self._model.device), torch.enable_grad(), _all_trained(every), self._together():
-            gradients = [self._gradient(rows, every) for rows in self._rows.values()]
-        found: dict[str, list[float | None]] = {}
+            batches = [
+                (self._gradient(rows[0::2], every), self._gradient(rows[1::2], every)) for rows in self._rows.values()
+            ]
+        found: dict[str, Cosines] = {}
         start = 0
         for name, parameters in layers.items():
             end = start + len(parameters)
-            found[name] = cosines([gradient[start:end] for gradient in gradients])
+            found[name] = cosines([(first[start:end], second[start:end]) for first, second in batches])
             start = end
         return Conflict(step, tuple(self._rows), found)
 
     def _gradient(self, rows: Sequence[Example], parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """The gradient of the mean loss of these rows."""
+        """The gradient of the summed loss of these rows; cosines don't ask for its length."""
         objective, size = self._objective, self._batch_size
         batches = [
             objective.collate(rows[start : start + size], self._pad_id, self._packing).to(self._model.device)
             for start in range(0, len(rows), size)
         ]
         weights = [objective.weights(batch) for batch in batches]
-        total = sum(total_weight(w, objective.count(b)) for w, b in zip(weights, batches, strict=True))
         sums = [torch.zeros_like(parameter) for parameter in parameters]
         for batch, weight in zip(batches, weights, strict=True):
             if not objective.count(batch):
                 continue
             with objective.meter.closed():
-                loss = weighted_sum(objective.losses(self._model, batch), weight) / total
+                loss = weighted_sum(objective.losses(self._model, batch), weight)
             for place, part in enumerate(torch.autograd.grad(loss, parameters, allow_unused=True)):
                 if part is not None:
                     sums[place] += part

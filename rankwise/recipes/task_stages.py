@@ -22,7 +22,7 @@ from rankwise.recipes.task_layers import APART, PLAIN, Beginning, Layout, arrang
 from rankwise.recipes.task_run import TaskRun
 from rankwise.say import Say
 from rankwise.tasks.config import ADAPTERS, AUTO, GATE, JOINT, SHARED, SINGLE, TasksConfig
-from rankwise.tasks.conflict import Conflict, furthest, isolated
+from rankwise.tasks.conflict import Conflict, isolated
 from rankwise.tasks.router import fit_router
 from rankwise.tasks.schedule import Stage
 
@@ -156,15 +156,14 @@ class TaskStages:
             self._arrange(self._layout_of(stage))  # of the adapters that the tasks begin with
         found = self.measure(stage.first)
         note(found)
-        apart = furthest([found])
-        self.run.isolated = isolated(apart, self._config.cosine_bound)
+        self.run.isolated = isolated([found], self._config.cosine_bound)
         names = self.run.isolated
         shown = ", ".join(names[:SHOWN_LAYERS]) + (
             f" and {len(names) - SHOWN_LAYERS} more" if names[SHOWN_LAYERS:] else ""
         )
-        bound = f"a cosine of two tasks' gradients below {self._config.cosine_bound:g}"
+        bound = f"a cosine of two tasks' gradients clearly below {self._config.cosine_bound:g}"
         if names:
-            say(f"stage {stage.name}: {counted(len(names), 'layer')} of {len(apart)} with {bound}: {shown}")
+            say(f"stage {stage.name}: {counted(len(names), 'layer')} of {len(found.modules)} with {bound}: {shown}")
         else:
             say(f"stage {stage.name}: no layer has {bound}: the tasks share one adapter, and there is nothing to gate")
 

@@ -155,7 +155,8 @@ class TasksConfig:
         stages: the parts of the run, in their order: see StageConfig; not given: one.
         isolate: which layers have an adapter for each task from the first joint stage on, while the tasks share one
             in the others: `auto` (those where the tasks' gradients conflict), or a list of names; not given: all.
-        isolate_below: of `auto`: the cosine of two tasks' gradients below which a layer is isolated; not given: 0.
+        isolate_below: of `auto`: the cosine of two tasks' gradients below which a layer is isolated, where it is there
+            beyond noise (see rankwise.tasks.conflict); not given: 0.
         conflict_every: steps between two measurements of the conflict of the tasks' gradients; not given: none.
         conflict_rows: rows of each task that such a measurement takes; not given: 32.
 
@@ -410,8 +411,10 @@ class TasksConfig:
                 f"tasks.conflict_rows ({self.conflict_rows}) has no effect without tasks.conflict_every or isolate: "
                 "auto; leave it out"
             )
-        if self.conflict_rows is not None and self.conflict_rows < 1:
-            raise RequestError(f"tasks.conflict_rows must be 1 or more, not {self.conflict_rows}")
+        if self.conflict_rows is not None and self.conflict_rows < 2:
+            raise RequestError(
+                f"tasks.conflict_rows must be 2 or more (two batches of each task), not {self.conflict_rows}"
+            )
 
 
 def earlier_tasks(config: TasksConfig, index: int) -> tuple[str, ...]:

@@ -22,8 +22,8 @@ from tests.recipes.task_runs import ANSWERS, SIZES, task_run, write_tasks
 
 SOFT = {"mode": "soft", "per": "layer"}
 PROGRESSIVE: dict[str, Any] = {
-    "gate": SOFT, "embedding": {"per": "layer"}, "isolate": "auto", "isolate_below": -0.2, "conflict_every": 4,
-    "conflict_rows": 2, "stages": [{"kind": "single", "steps": 4}, {"kind": "joint"}, {"kind": "shared", "steps": 4}],
+    "gate": SOFT, "embedding": {"per": "layer"}, "isolate": "auto", "isolate_below": 0.3, "conflict_every": 4,
+    "conflict_rows": 5, "stages": [{"kind": "single", "steps": 4}, {"kind": "joint"}, {"kind": "shared", "steps": 4}],
 }  # fmt: skip
 
 
@@ -109,8 +109,13 @@ def test_stages_each_with_what_it_trains(files: Path, tmp_path: Path, capsys: py
     assert [line["step"] for line in measured] == [4, 5, 8, 12]
     assert all(len(line["modules"]) == 6 and all(len(v) == 3 for v in line["modules"].values()) for line in measured)
     chosen = summary["tasks"]["isolated"]
-    cosines = measured[1]["modules"]
-    assert sorted(chosen) == sorted(name for name, values in cosines.items() if min(values) < -0.2)
+    highest, own = measured[1]["highest"], measured[1]["own"]
+    clear = [
+        name for name, values in highest.items()
+        if any(value < 0.3 and min(own[name][a], own[name][b]) > max(value, 0)
+               for value, (a, b) in zip(values, ((0, 1), (0, 2), (1, 2)), strict=True))
+    ]  # fmt: skip
+    assert sorted(chosen) == sorted(clear)
     assert 0 < len(chosen) < 6, "both kinds of layers should be there, or the test shows less"
     assert json.loads((tmp_path / "out" / "adapter" / "tasks.json").read_text())["embedding"] == {"per": "layer"}
 

@@ -95,7 +95,7 @@ def test_tasks_of_earlier_stages() -> None:
         ({"isolate": "auto", "isolate_below": 2.0, "gate": SOFT}, "cosine"),
         ({"conflict_every": 0}, "1 or more"),
         ({"conflict_rows": 4}, "has no effect without"),
-        ({"conflict_rows": 0, "conflict_every": 2}, "1 or more"),
+        ({"conflict_rows": 1, "conflict_every": 2}, "2 or more"),
     ],
 )  # fmt: skip
 def test_refused(settings: dict[str, Any], words: str) -> None:
