@@ -65,3 +65,16 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, not '{text}'")
     return value
+
+
+def named_files(words: list[str]) -> dict[str, str]:
+    """`NAME=FILE` words. Raises: RequestError for a word without a name or a file, and for a name that stands twice."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, _, file = word.partition("=")
+        if not name or not file:
+            raise RequestError(f"--tasks takes NAME=FILE, not '{word}'")
+        if name in found:
+            raise RequestError(f"--tasks names '{name}' twice; give each task its own name")
+        found[name] = file
+    return found

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rankwise.cli.arguments import PRECISIONS, positive
-from rankwise.errors import RequestError
+from rankwise.cli.arguments import PRECISIONS, named_files, positive
 
 METHODS = ("linear", "sum", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
@@ -51,19 +50,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         progress=True,
     )  # fmt: skip
     return combine(args.adapters, args.out, args.method, args.weights, config)
-
-
-def named_files(words: list[str]) -> dict[str, str]:
-    """`NAME=FILE` words. Raises: RequestError for a word without a name or a file, and for a name that stands twice."""
-    found: dict[str, str] = {}
-    for word in words:
-        name, _, file = word.partition("=")
-        if not name or not file:
-            raise RequestError(f"--tasks takes NAME=FILE, not '{word}'")
-        if name in found:
-            raise RequestError(f"--tasks names '{name}' twice; give each task its own name")
-        found[name] = file
-    return found
 
 
 def show(result: dict[str, Any]) -> None:

@@ -47,6 +47,24 @@ def task_table(tasks: Sequence[Mapping[str, Any]], adapters: Sequence[str]) -> T
     return table
 
 
+def gate_table(document: Mapping[str, Any]) -> Table:
+    """Of `rankwise evaluate --tasks`: each target's loss on each task, their mean and the worst; what was forgotten."""
+    tasks = [entry["task"] for entry in document["tasks"]]
+    losses = {e["task"]: {one["target"]: one["loss"] for one in e["results"]} for e in document["tasks"]}
+    table = Table(title="loss on each task")
+    for heading in ("target", *tasks, "mean", "worst"):
+        table.add_column(heading, justify="left" if heading == "target" else "right")
+    for one in document["results"]:
+        name = one["target"]
+        own = [losses[task][f"task:{task}" if name == "single" else name] for task in tasks]
+        table.add_row(name, *(f"{loss:.3f}" for loss in (*own, one["loss"], one["worst"])))
+    if (forgotten := document["forgotten"]) is not None:
+        cells = [f"{forgotten[task]:+.3f}" if task in forgotten else "" for task in tasks]
+        mean, worst = sum(forgotten.values()) / len(forgotten), max(forgotten.values())
+        table.add_row("adapter, less reference", *cells, f"{mean:+.3f}", f"{worst:+.3f}")
+    return table
+
+
 def times_table(times: Mapping[str, float]) -> Table:
     """Where the time went: stage, seconds, share."""
     table = Table(title="where the time went")

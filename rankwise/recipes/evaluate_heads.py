@@ -71,13 +71,7 @@ def evaluate_head(
         _print(line)
     opened = open_target(target, config.precision, config.sharding)
     examples = list(loaded.examples[: config.rows])
-    results: list[dict[str, Any]] = []
-    for view in views_of(target):
-        if target.gate is not None:
-            set_task(opened.model, None)  # each view says its own; a gate that infers does so as it reads
-        with seen(opened.model, view):
-            figures = _figures(opened, examples, labels, objective, config.batch_size, progress)
-        results.append({"target": view.name, **figures})
+    results = head_views(opened, examples, config.batch_size, progress)
     if target.adapter is not None and new_modules(opened.model) and labels is not None:
         results[0]["untrained_head"] = True
         _print("note: the base has no head of its own: its figures are of an untrained one")
@@ -87,6 +81,18 @@ def evaluate_head(
         "warnings": list(loaded.warnings),
         "results": [{key: value for key, value in result.items() if key in asked} for result in results],
     }  # fmt: skip
+
+
+def head_views(opened: Opened, examples: Sequence[Any], batch_size: int, progress: bool) -> list[dict[str, Any]]:
+    """`target` and the figures of each view of the target."""
+    target = opened.target
+    results: list[dict[str, Any]] = []
+    for view in views_of(target):
+        if target.gate is not None:
+            set_task(opened.model, None)  # each view says its own; a gate that infers does so as it reads
+        with seen(opened.model, view):
+            results.append({"target": view.name, **head_figures(opened, examples, batch_size, progress)})
+    return results
 
 
 def head_objective(target: Target) -> tuple[Labels | None, Objective]:
@@ -121,10 +127,9 @@ def load_head_rows(
     return load_examples(data.train_paths, tokenizer, data, target.needs.layout, check=check, labels=labels)
 
 
-def _figures(
-    opened: Opened, examples: Sequence[Any], labels: Labels | None, objective: Objective, batch_size: int,
-    progress: bool,
-) -> dict[str, float]:  # fmt: skip
+def head_figures(opened: Opened, examples: Sequence[Any], batch_size: int, progress: bool) -> dict[str, float]:
+    """What the model, as it is now, gets on these rows."""
+    labels, objective = head_objective(opened.target)
     pad_id = opened.tokenizer.pad_token_id
     assert isinstance(pad_id, int), "load_tokenizer gives every tokenizer a pad token"
     if labels is None:
