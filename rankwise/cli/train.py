@@ -55,4 +55,5 @@ def show(result: dict[str, Any]) -> None:
     print(f"{result['tokens_per_s']:,.0f} tokens/s, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB")
     if result["vllm_max_lora_rank"] is not None:
         print(f"vLLM serves it with --max-lora-rank {result['vllm_max_lora_rank']}")
-    print(f"output: {result['output']} (adapter/, metrics.jsonl, summary.json)")
+    files = "adapter/, metrics.jsonl, summary.json" + ("" if result["rank_map"] is None else ", ranks.png")
+    print(f"output: {result['output']} ({files})")

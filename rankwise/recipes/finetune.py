@@ -10,11 +10,10 @@ import contextlib
 import os
 import shlex
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from rankwise import distributed
 from rankwise.attach.checkpoint import TASKS_FILE, read_tensors, save_adapter
@@ -30,7 +29,7 @@ from rankwise.recipes.moving_ranks import BeforeSteps
 from rankwise.recipes.names import FAILED, FINISHED, RUNNING, STOPPED
 from rankwise.recipes.output import RunFolder
 from rankwise.recipes.provenance import adapter_hashes
-from rankwise.recipes.rank_map import vllm_max_lora_rank
+from rankwise.recipes.rank_map import draw_map, rank_history, rank_map, vllm_max_lora_rank
 from rankwise.recipes.resume import usable_checkpoint
 from rankwise.recipes.run import RunConfig, flat_settings, rank_hint, read_run, run_yaml
 from rankwise.recipes.task_extend import cost_of_extension
@@ -161,10 +160,19 @@ def _finish(job: Job, folder: RunFolder, say: Say) -> dict[str, Any]:
 def _write_result(job: Job, folder: RunFolder, say: Say) -> dict[str, Any]:
     adapter_step = write_adapter(job, folder, say)
     folder.write_provenance({**job.provenance, "adapter": adapter_hashes(folder.adapter)})
-    summary = _summary(job, folder, adapter_step)
+    summary = _summary(job, folder, adapter_step, _drawn_ranks(job, folder))
     folder.write_status(FINISHED, job.plan.num_steps)
     folder.write_summary(summary)
     return summary
+
+
+def _drawn_ranks(job: Job, folder: RunFolder) -> Path | None:
+    """Draws the rank map where a policy places ranks, or layers have different ones; None where all are one."""
+    ranks = saved_ranks(folder.adapter)
+    if job.run.ranks.policy == "fixed" and len(set(ranks.values())) == 1:
+        return None
+    draw_map(rank_map(ranks), rank_history(folder.path), folder.ranks_picture)
+    return folder.ranks_picture
 
 
 def _note_end(job: Job, folder: RunFolder, error: RankwiseError) -> None:
@@ -209,9 +217,8 @@ def _way_back(folder: RunFolder) -> str:
     return f"{_last_saved(folder)}, a new run can start there with adapter.from={saved[-1] / 'adapter'}"
 
 
-def _summary(job: Job, folder: RunFolder, adapter_step: int) -> dict[str, Any]:
+def _summary(job: Job, folder: RunFolder, adapter_step: int, picture: Path | None) -> dict[str, Any]:
     progress = job.progress
-    highest = max(A.shape[0] for A, _ in saved_factors(folder.adapter))
     return {
         "output": str(folder.path),
         "steps": progress.step,
@@ -222,7 +229,8 @@ def _summary(job: Job, folder: RunFolder, adapter_step: int) -> dict[str, Any]:
         "tokens_per_s": progress.num_tokens / progress.train_s,
         "peak_memory_bytes": peak_memory_bytes(job.model.device),
         "trainable_parameters": sum(p.numel() for p in adapter_parameters(job.model).values() if p.requires_grad),
-        "vllm_max_lora_rank": vllm_max_lora_rank(highest),
+        "vllm_max_lora_rank": vllm_max_lora_rank(highest_rank(folder.adapter)),
+        "rank_map": None if picture is None else str(picture),
         "resumed_from": job.resumed_from,
         "skipped_rows": sum(part.num_skipped for part in (job.data.train, job.data.valid) if part is not None),
         **({} if job.tasks is None else {"tasks": _tasks_summary(job, job.tasks)}),
@@ -235,9 +243,21 @@ def _tasks_summary(job: Job, tasks: TaskStages) -> dict[str, Any]:
     return {**tasks.run.summary(), "extended": cost_of_extension(job.run, job.model, job.progress.train_s)}
 
 
-def saved_factors(adapter: Path) -> list[tuple[Tensor, Tensor]]:
-    """A and B of every layer of an adapter's folder, or of all adapters of one that holds several."""
+def saved_ranks(adapter: Path) -> dict[str, int]:
+    """The rank of every layer of an adapter's folder; of one that holds several the sums over them."""
+    found: Counter[str] = Counter()
+    for ranks in _ranks_of_each(adapter):
+        found.update(ranks)
+    return dict(found)
+
+
+def highest_rank(adapter: Path) -> int:
+    """The highest rank of a layer of an adapter's folder, or of any of several adapters."""
+    return max(max(ranks.values()) for ranks in _ranks_of_each(adapter))
+
+
+def _ranks_of_each(adapter: Path) -> list[dict[str, int]]:
     folders = [adapter]
     if is_gate_folder(adapter):
         folders = [adapter / name for name in read_gate_folder(adapter).adapters]
-    return [pair for folder in folders for pair in factors(read_tensors(folder), str(folder)).values()]
+    return [{n: len(A) for n, (A, _) in factors(read_tensors(one), str(one)).items()} for one in folders]

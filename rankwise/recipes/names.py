@@ -9,6 +9,7 @@ STATUS_FILE = "status.json"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
 PROVENANCE_FILE = "provenance.json"
+RANKS_PICTURE = "ranks.png"
 
 RUNNING = "running"
 FINISHED = "finished"

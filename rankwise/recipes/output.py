@@ -8,6 +8,7 @@ conflict.jsonl      of several tasks: the cosines of their gradients by layer
 summary.json        the run in a few figures
 status.json         how the run stands: running, finished, stopped, failed
 provenance.json     versions, commit, hashes of data, base and adapter
+ranks.png           the rank map and its history, where a policy places ranks or layers differ
 loggers/            what the loggers of `train.loggers` write
 checkpoints/step-N/ what `--resume` goes on from
 """
@@ -28,6 +29,7 @@ from rankwise.recipes.names import (
     LOCK_FILE,
     METRICS_FILE,
     PROVENANCE_FILE,
+    RANKS_PICTURE,
     RUN_FILE,
     STATUS_FILE,
     SUMMARY_FILE,
@@ -56,6 +58,7 @@ class RunFolder:
         self.conflict = JsonLines(path / CONFLICT_FILE)
         self.run_file = path / RUN_FILE
         self.summary = path / SUMMARY_FILE
+        self.ranks_picture = path / RANKS_PICTURE
 
     def check(self, resume: bool) -> bool:
         """Whether the folder is there already: asked once, for another run may make it at any moment.

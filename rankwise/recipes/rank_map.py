@@ -146,7 +146,7 @@ def _draw_history(axes: Any, history: Sequence[Mapping[str, Any]]) -> None:
         for module, ranks in of_kind.items():
             kinds.setdefault(module, []).append(sum(ranks) / len(ranks))
     for module, means in kinds.items():
-        axes.step(steps[-len(means) :], means, where="post", label=module)
+        axes.step(steps[-len(means) :], means, where="post", marker=".", label=module)
     axes.set(xlabel="step", ylabel="mean rank", title="history")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)

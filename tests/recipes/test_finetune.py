@@ -26,7 +26,7 @@ from tests.recipes.runs import adapter_bytes, metrics, settings
 
 SUMMARY = {
     "output", "steps", "final_loss", "best_valid_loss", "adapter_step", "stopped_early", "tokens_per_s",
-    "peak_memory_bytes", "trainable_parameters", "vllm_max_lora_rank", "resumed_from",
+    "peak_memory_bytes", "trainable_parameters", "vllm_max_lora_rank", "rank_map", "resumed_from",
     "skipped_rows",
 }  # fmt: skip
 

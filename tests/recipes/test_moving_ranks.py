@@ -15,9 +15,10 @@ from rankwise.attach.checkpoint import load_adapter, read_nested
 from rankwise.attach.inject import adapter_parameters, ranks
 from rankwise.errors import RequestError
 from rankwise.ranks.nested import set_prefix
-from rankwise.recipes import rank_movers
+from rankwise.recipes import finetune, rank_movers
 from rankwise.recipes.convert_rank import convert_rank
 from rankwise.recipes.finetune import train
+from rankwise.recipes.rank_map import rank_map
 from rankwise.train.interrupt import Interrupted
 from rankwise.train.loop import Step
 from rankwise.train.state import checkpoint_folders
@@ -60,6 +61,29 @@ def test_ranks_grow_by_the_plan_and_the_folder_is_pefts(files: Path, tmp_path: P
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "out" / "adapter")(tiny.token_ids()).logits
         assert torch.allclose(model(tiny.token_ids()).logits, theirs, atol=1e-5)
+
+
+def test_the_map_of_ranks_is_drawn_where_they_are_not_one(
+    files: Path, tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a policy, with its history, and by a pattern; not where all ranks are one and stay."""
+    drawn = []
+    draw_map = finetune.draw_map
+    monkeypatch.setattr(finetune, "draw_map", lambda *what: drawn.append(what) or draw_map(*what))
+    short = {"steps": 3}
+    moving = {"start": 2, "max": 4, "by": 2, "every": 2}
+    grown = train(growing(files, tmp_path / "grown", ranks=moving, train=short), quiet=True)
+    train(settings(files, tmp_path / "patterned", adapter={"rank_pattern": {"q_proj": 3}}, train=short), quiet=True)
+    (found, history, _), (other, none, _) = drawn
+    assert found.ranks == rank_map(moved(tmp_path / "grown")[2]).ranks and [entry["step"] for entry in history] == [2]
+    assert set(other.ranks.values()) == {3, 4} and none == []
+    for name in ("grown", "patterned"):
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        picture = tmp_path / name / "ranks.png"
+        assert summary["rank_map"] == str(picture) and picture.read_bytes().startswith(b"\x89PNG")
+    assert grown["rank_map"] == str(tmp_path / "grown" / "ranks.png")
+    assert json.loads((straight / "summary.json").read_text())["rank_map"] is None
+    assert not (straight / "ranks.png").exists()
 
 
 def test_a_growth_makes_no_jump_and_the_rates_go_on(
