@@ -14,6 +14,9 @@ Legend: N tokens, n inputs, o outputs, r rank, s scale. Gradients (G = dL/dy): d
 dx = G W + d'(dh A). W is frozen and gets none. A W that is stored in 8 or 4 bits is dequantised in the forward pass and
 again in the backward pass, and not kept. (s B A is not folded into it, which would save a product: in bf16 the sum
 would round small changes away.)
+
+A gradient that is to be differentiated again (`create_graph=True`) is computed by plain autograd's operations, from A
+and B themselves: slower, and only then.
 """
 
 # torch types Function.apply and ctx loosely, and strict mode brings these rules back
@@ -27,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from rankwise.adapters.dropout import KeepRule, kept_entries, masked, spread
 from rankwise.adapters.sharing import Derived
@@ -96,15 +98,16 @@ class LoraLinear(torch.autograd.Function):
         else:
             h = _down(read, kept, down) if h is None else h
             y = F.linear(read, dense, bias).addmm_(h, up.T, alpha=scale)
-        ctx.save_for_backward(x, other, h, weight, down, up, kept)
+        ctx.save_for_backward(x, other, h, weight, down, up, kept, A, B)
         ctx.scale, ctx.dtypes = scale, (A.dtype, B.dtype)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, "N o"]) -> tuple[Tensor | None, ...]:
         """Gradients of x, other, a trained bias, A and B; the base's weight gets none."""
-        x, other, h, weight, down, up, kept = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable(ctx, grad)
+        x, other, h, weight, down, up, kept, _, _ = ctx.saved_tensors
         need_x, need_other, _, need_bias, need_A, need_B, _ = ctx.needs_input_grad
         grad_x = grad_other = grad_A = grad_B = None
         read = _read(x, other)
@@ -132,6 +135,32 @@ class LoraLinear(torch.autograd.Function):
         for held in ctx.derived:
             held.drop()
         return grad_x, grad_other, None, grad.sum(0) if need_bias else None, grad_A, grad_B, None
+
+
+def _differentiable(ctx: Any, grad: Float[Tensor, "N o"]) -> tuple[Tensor | None, ...]:
+    """What `backward` gives, as a function of x, other, A, B and the gradient that can be differentiated."""
+    x, other, _, weight, _, _, kept, A, B = ctx.saved_tensors
+    need_x, need_other, _, need_bias, need_A, need_B, _ = ctx.needs_input_grad
+    down, up = A.to(x.dtype), B.to(x.dtype)
+    read = x if other is None else F.silu(x) * other
+    mask = 1.0 if kept is None else spread(kept, x).ne(0)
+    dropped, grad_h = read * mask, grad @ up
+    for held in ctx.derived:
+        held.drop()
+    grad_read = grad @ _dense(weight, ctx.stored, grad) + ctx.scale * (grad_h @ down) * mask
+    grad_x = grad_read
+    if other is not None:
+        slope = torch.sigmoid(x)
+        grad_x = grad_read * other * (slope * (1.0 + x * (1.0 - slope)))
+    return (
+        grad_x if need_x else None,
+        grad_read * F.silu(x) if need_other else None,
+        None,
+        grad.sum(0) if need_bias else None,
+        ctx.scale * (grad_h.T @ dropped).to(ctx.dtypes[0]) if need_A else None,
+        ctx.scale * (grad.T @ (dropped @ down.T)).to(ctx.dtypes[1]) if need_B else None,
+        None,
+    )
 
 
 def _read(x: Float[Tensor, "N n"], other: Float[Tensor, "N n"] | None) -> Float[Tensor, "N n"]:

@@ -64,6 +64,49 @@ def test_gradcheck_in_float64():
     assert torch.autograd.gradcheck(lambda x, b, A, B: linear(x, W, b, A, B, 0.3), (x, b, A, B))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_gradients_can_be_differentiated(monkeypatch, swiglu, dropout):
+    """For penalties on gradients and products with the Hessian; the first gradients are the same either way."""
+    x, W, b, A, B = parts(torch.float64)
+    other = torch.randn_like(x).requires_grad_()
+    if not swiglu:
+        other = None
+    rule = keep_rule(dropout) if dropout else None
+    kept = kept_entries(x.numel(), rule, x.device) if rule else None
+    monkeypatch.setattr(fused, "kept_entries", lambda count, rule, device: kept)
+
+    def output(x, b, A, B, *other):
+        factors = Factors(A, B, 0.3, A.detach(), B.detach())
+        return lora_linear(x, W, b, factors, rule, *other)
+
+    leaves = [x, b, A, B, *([] if other is None else [other])]
+    assert torch.autograd.gradgradcheck(output, leaves)
+    loss = output(*leaves).sin().sum()
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(once, again, strict=True))
+
+
+def test_a_penalty_on_gradients_trains_the_factors():
+    """Of a whole model in fp32, against plain autograd (the base's hook keeps the fused function away)."""
+    found = []
+    for hook in (False, True):
+        model = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
+        torch.manual_seed(0)
+        for layer in model[::2]:
+            layer.reset_parameters()
+        attach(model, LoraConfig(r=2, init_lora_weights=False), torch.Generator().manual_seed(0))
+        if hook:
+            for layer in model[:3:2]:
+                layer.base.register_forward_hook(lambda *_: None)
+        x = torch.linspace(-1, 1, 35).view(5, 7).requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
 def test_bf16_with_fp32_factors():
     """The factors' gradients are fp32; within 2 % of the largest fp64 gradient."""
     arguments = parts(torch.bfloat16)
