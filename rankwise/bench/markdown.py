@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from rankwise.bench.compare import Plan, Row, sentence
 from rankwise.bench.rates import RateRow
+from rankwise.bench.several import OWN, Change, Worst, highest
 from rankwise.bench.statistics import Interval
 from rankwise.errors import counted
 
@@ -48,6 +49,23 @@ class Page:
     picture: str | None = None
 
 
+@dataclass(frozen=True)
+class Several:
+    """What a table of several tasks shows beside the mean: see `rankwise.bench.several`.
+
+    Args:
+        by_task: by task and method.
+        worst: of each method but the reference.
+        changes: since earlier points of runs.
+        sentences: in the order in which they are printed.
+    """
+
+    by_task: Mapping[str, Mapping[str, Row]]
+    worst: Sequence[Worst]
+    changes: Sequence[Change]
+    sentences: Sequence[str]
+
+
 def comparison_page(page: Page, rows: Sequence[Row], costs: Mapping[str, Costs], plan: Plan) -> str:
     """A table of comparisons, its sentences and its picture."""
     headings = ["method", "seeds", "trained", "stored", "memory", "CPU", "FLOPs", "rate", "test loss"]
@@ -75,6 +93,74 @@ def comparison_page(page: Page, rows: Sequence[Row], costs: Mapping[str, Costs],
         parts += ["Test loss by task:", _by_task(rows, plan.tasks)]
     parts += ["\n".join(f"- {sentence(row, plan)}" for row in rows), *_foot(page)]
     return "\n\n".join(parts) + "\n"
+
+
+def several_page(page: Page, rows: Sequence[Row], costs: Mapping[str, Costs], plan: Plan, found: Several) -> str:
+    """A table of methods on several tasks: their mean, each task, the worst one, what was forgotten; sentences."""
+    headings = ["method", "seeds", "parameters", "stored", "memory", "CPU", "FLOPs", "rate", "mean test loss"]
+    headings += [f"against {plan.reference} [95 %]", "p (Holm)", "gap"]
+    with_accuracy = any(cost.accuracy is not None for cost in costs.values())
+    headings += ["accuracy"] if with_accuracy else []
+    body, worst_of = [], {one.name: one for one in found.worst}
+    for row in rows:
+        cost = costs[row.name]
+        cells = [
+            row.name + (" †" if cost.is_stale else ""), f"{len(row.seeds)}", _count(cost.parameters),
+            _bytes(cost.stored_bytes), _bytes(cost.memory_bytes), _number(cost.cpu_s, "{:,.0f} s"), _flops(cost.flops),
+            cost.rate, _number(row.loss, "{:.4f}"), _interval(row.difference, "{:+.4f}"), _number(row.p, "{:.2g}"),
+            _number(row.gap, "{:+.4f}"),
+        ]  # fmt: skip
+        cells += [_number(cost.accuracy, "{:.1%}")] if with_accuracy else []
+        body.append([*cells, f"**{row.verdict}**"])
+    parts = [*_head(page), _table([*headings, "verdict"], body)]
+    parts += ["Test loss by task, and its difference:", _each_task(rows, plan, found.by_task)]
+    parts += ["Worst task:", _worst(rows, worst_of, plan)]
+    if found.changes:
+        parts += ["What the rest of the run changed:", _changes(found.changes)]
+    parts += ["\n".join(f"- {text}" for text in found.sentences), *_foot(page)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _each_task(rows: Sequence[Row], plan: Plan, by_task: Mapping[str, Mapping[str, Row]]) -> str:
+    body = []
+    for row in rows:
+        own = [by_task[task][row.name] for task in plan.tasks]
+        body.append([row.name, *(_loss_and_difference(one) for one in own)])
+    return _table(["method", *plan.tasks], body)
+
+
+def _loss_and_difference(row: Row) -> str:
+    loss = _number(row.loss, "{:.4f}")
+    if row.difference is None:
+        return loss
+    return f"{loss}, {_interval(row.difference, '{:+.4f}')}, {row.verdict}"
+
+
+def _worst(rows: Sequence[Row], worst_of: Mapping[str, Worst], plan: Plan) -> str:
+    headings = ["method", "highest test loss", "farthest above, on validation rows", f"there against {plan.reference}"]
+    body = []
+    for row in rows:
+        top, worst = highest(row), worst_of.get(row.name)
+        cells = [row.name, "" if top is None else f"{top[1]:.4f} ({top[0]})"]
+        if worst is None or worst.row is None:
+            body.append([*cells, "", "", "", ""])
+            continue
+        found = worst.row
+        cells += [worst.task or "", _interval(found.difference, "{:+.4f}"), _number(found.p, "{:.2g}"), found.verdict]
+        body.append(cells)
+    return _table([*headings, "p (Holm)", "verdict"], body)
+
+
+def _changes(found: Sequence[Change]) -> str:
+    body = [
+        [
+            one.name, "own first stage" if one.since == OWN else "before its vector", ", ".join(one.tasks),
+            f"{one.before:.4f}", f"{one.after:.4f}", _interval(one.difference, "{:+.4f}"), _number(one.p, "{:.2g}"),
+            one.word,
+        ]
+        for one in found
+    ]  # fmt: skip
+    return _table(["method", "since", "tasks", "then", "at the end", "change [95 %]", "p (Holm)", "verdict"], body)
 
 
 def rates_page(page: Page, rows: Sequence[RateRow], sentences: Sequence[str]) -> str:

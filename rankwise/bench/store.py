@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from rankwise.files import sha256_bytes
 CELL, SAME = "cell", "same"
 DONE, FAILED = "done", "failed"
 CHECKSUM = "sha256"
+PARTS = ("losses", "units", "correct", "routed")
+"""What a cell holds by split."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,20 @@ class Record:
 
     @property
     def losses(self) -> Mapping[str, list[float]]:
-        """By split (`train`, `valid`, `test`), the loss of each example in the order of its file, in nats."""
+        """By split (`train`, `valid`, `test`), the loss of each example in the order of its file, in nats.
+
+        Of a cell on all tasks, by `TASK/SPLIT`.
+        """
         return self.body["losses"]
+
+    def of_task(self, task: str) -> Record:
+        """Of a cell on all tasks, what there is on one of them, as a cell on that one has it."""
+        parts = {
+            name: {key.split("/", 1)[1]: value for key, value in self.body[name].items() if key.startswith(f"{task}/")}
+            for name in PARTS
+            if name in self.body
+        }
+        return replace(self, body={**self.body, **parts})
 
 
 @dataclass

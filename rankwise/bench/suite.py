@@ -10,15 +10,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rankwise.bench.kinds import ADAPTER, BASE, KINDS
+from rankwise.bench.kinds import ADAPTER, COMBINE, GATE, KINDS, OF_ALL, SETTINGS, TASKS, UNTRAINED
 from rankwise.config import build
 from rankwise.errors import RequestError, did_you_mean
 
-COMPARISON, RATES = "comparison", "rates"
-TABLES = {COMPARISON: "each method against the reference", RATES: "which learning rate is best for each method"}
+COMPARISON, RATES, SEVERAL = "comparison", "rates", "tasks"
+TABLES = {
+    COMPARISON: "each method against the reference",
+    RATES: "which learning rate is best for each method",
+    SEVERAL: "methods on several tasks at once against the reference: mean, each task, the worst one, forgetting",
+}
 """What a suite's table shows."""
 
 _NAME = re.compile(r"[\w.+-]+")
+
+
+@dataclass(frozen=True)
+class NewTask:
+    """The last task of a suite, learned by its vector alone after the others have been trained.
+
+    Args:
+        rows: the first of its training rows, which are all that is seen of it.
+        steps: how many, of `train.batch_size` rows.
+        lr: Adam's rate.
+    """
+
+    rows: int = 64
+    steps: int = 60
+    lr: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.steps < 1 or self.lr <= 0:
+            raise RequestError(f"rows ({self.rows}), steps ({self.steps}) and lr ({self.lr:g}) must be above 0")
 
 
 @dataclass(frozen=True)
@@ -26,34 +49,45 @@ class Method:
     """A row of a table.
 
     Args:
-        lr: a rate, or a grid of rates from which one is chosen on validation rows; none for `kind: base`.
+        lr: a rate; a grid of rates from which one is chosen on validation rows; the name of a method whose rate it has;
+            none where nothing is trained by steps.
         kind: what is trained, a key of `KINDS`.
         adapter: settings of the run file's section.
         ranks: likewise.
         cut: the rank that the adapter is cut to after training, as `convert-rank` does it: to the prefix where it was
             trained nested, else to the best approximation.
         train: settings over those of the task, the rate apart.
+        singles: the method (of kind `adapter`) whose adapters of the same seed the tasks begin with.
+        tasks: settings of the run file's section, but for `data` and `adapters`, which the suite says.
+        combine: `method` and its settings, as of `rankwise combine`.
+        gate: settings of the gate over the adapters of `singles`.
+        new_task: of task embeddings: the suite's last task is left out and then learned by its vector: see NewTask.
     """
 
-    lr: float | list[float] | None = None
+    lr: float | list[float] | str | None = None
     kind: str = ADAPTER
     adapter: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     ranks: dict[str, Any] = field(default_factory=dict)
     cut: int | None = None
+    singles: str | None = None
+    tasks: dict[str, Any] = field(default_factory=dict)
+    combine: dict[str, Any] = field(default_factory=dict)
+    gate: dict[str, Any] = field(default_factory=dict)
+    new_task: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise RequestError(f"unknown kind '{self.kind}'{did_you_mean(self.kind, KINDS)}")
         if self.cut is not None and self.cut < 1:
             raise RequestError(f"cut must be a rank from 1, not {self.cut}")
-        for name, value in (("adapter", self.adapter), ("ranks", self.ranks), ("cut", self.cut)):
-            if value and self.kind != ADAPTER:
+        for name in sorted({name for names in SETTINGS.values() for name in names}):
+            if getattr(self, name) not in (None, {}) and name not in SETTINGS[self.kind]:
                 raise RequestError(f"{name} has no effect with kind: {self.kind}; leave it out")
-        if (self.lr is None) != (self.kind == BASE):
+        if (self.lr is None) != (self.kind in UNTRAINED):
             raise RequestError(
-                "lr has no effect with kind: base, which is not trained; leave it out"
-                if self.kind == BASE
+                f"lr has no effect with kind: {self.kind}, which is not trained; leave it out"
+                if self.kind in UNTRAINED
                 else "lr is missing: give a rate, or a list of rates to choose from on validation rows"
             )
         for name in ("lr", "seed"):
@@ -61,11 +95,39 @@ class Method:
                 raise RequestError(f"train.{name} is set by the suite; give {name} beside it, not in train:")
         if len(set(self.rates)) < len(self.rates) or not self.rates:
             raise RequestError(f"lr ({self.lr}) must be different rates")
+        self._check_of_all()
+
+    def _check_of_all(self) -> None:
+        for name in ("data", "adapters"):
+            if name in self.tasks:
+                raise RequestError(f"tasks.{name} is said by the suite; leave it out")
+        if self.kind in (COMBINE, GATE) and self.singles is None:
+            raise RequestError(f"kind: {self.kind} needs singles: the method whose adapters it is made of")
+        if self.kind == TASKS and self.singles is not None and self.adapter:
+            raise RequestError("adapter has no effect with singles, whose own settings hold; leave it out")
+        if self.kind == COMBINE and "method" not in self.combine:
+            raise RequestError("combine.method is missing; see `rankwise combine`")
+        if self.kind == GATE and "mode" not in self.gate:
+            raise RequestError("gate.mode is missing: hard or inferred")
+        if self.new_task is not None and "embedding" not in self.tasks:
+            raise RequestError("new_task is of task embeddings; give tasks.embedding, or leave it out")
+
+    @property
+    def is_of_all(self) -> bool:
+        """Whether a cell of it is on all tasks of the suite."""
+        return self.kind in OF_ALL
 
     @property
     def rates(self) -> list[float | None]:
-        """The rates to choose from, lowest first; [None] for what is not trained."""
+        """The rates to choose from, lowest first; [None] for what is not trained, or has another method's."""
+        if isinstance(self.lr, str):
+            return [None]
         return sorted(self.lr) if isinstance(self.lr, list) else [self.lr]  # type: ignore[type-var]
+
+    @property
+    def added(self) -> NewTask | None:
+        """`new_task`, read."""
+        return None if self.new_task is None else build(NewTask, self.new_task, "new_task")
 
 
 @dataclass(frozen=True)
@@ -147,7 +209,22 @@ class Suite:
 
     def is_tuned(self, method: str) -> bool:
         """Whether a method's rate is chosen from a grid."""
-        return self.table == COMPARISON and len(self.methods[method].rates) > 1
+        return self.table != RATES and len(self.methods[method].rates) > 1
+
+    def num_cells(self, method: str) -> int:
+        """Those of a method at its chosen rate."""
+        return len(self.seeds) * (1 if self.methods[method].is_of_all else len(self.tasks))
+
+    def num_in_grid(self, method: str) -> int:
+        """Of these, how many its grid holds."""
+        if not self.is_tuned(method):
+            return 0
+        return 1 if self.methods[method].is_of_all else len(self.tuning_tasks)
+
+    @property
+    def kept(self) -> set[str]:
+        """Methods whose adapters others are made of."""
+        return {method.singles for method in self.methods.values() if method.singles is not None}
 
 
 def suite_from(document: Mapping[str, Any], known_tasks: Sequence[str]) -> Suite:
@@ -167,6 +244,7 @@ def suite_from(document: Mapping[str, Any], known_tasks: Sequence[str]) -> Suite
         None if raw.share_of is None else build(Gain, raw.share_of, "share_of"), raw.note,
     )  # fmt: skip
     _check(suite, known_tasks)
+    _check_methods(suite)
     return suite
 
 
@@ -205,3 +283,28 @@ def _check(suite: Suite, known_tasks: Sequence[str]) -> None:
     for place, name in named.items():
         if name not in suite.methods:
             raise RequestError(f"{place}: unknown method '{name}'{did_you_mean(str(name), suite.methods)}")
+    if suite.table == SEVERAL and len(suite.tasks) < 2:
+        raise RequestError("a table of tasks needs two tasks at least")
+
+
+def _check_methods(suite: Suite) -> None:
+    """What methods say of each other, and which tables they are for."""
+    for name, method in suite.methods.items():
+        if method.is_of_all and suite.table != SEVERAL:
+            raise RequestError(f"methods.{name}: kind: {method.kind} is for table: {SEVERAL}")
+        if method.added is not None and len(suite.tasks) < 3:
+            raise RequestError(f"methods.{name}: new_task needs three tasks at least, two to begin with")
+        if method.singles is not None:
+            other = suite.methods.get(method.singles)
+            if other is None or other.kind != ADAPTER or other.cut is not None:
+                raise RequestError(
+                    f"methods.{name}.singles: '{method.singles}' is no method of kind: adapter without cut"
+                    f"{did_you_mean(method.singles, suite.methods)}"
+                )
+        if isinstance(method.lr, str):
+            other = suite.methods.get(method.lr)
+            if other is None or other.kind in UNTRAINED or isinstance(other.lr, str) or suite.table == RATES:
+                raise RequestError(
+                    f"methods.{name}.lr: '{method.lr}' is no method with rates of its own, in a table that compares"
+                    f"{did_you_mean(method.lr, suite.methods)}"
+                )

@@ -6,133 +6,29 @@ A bench is a folder: `tasks.yaml`, `suites/NAME.yaml`, `store.jsonl`, `tables/`.
 from __future__ import annotations
 
 import fnmatch
-import importlib.metadata
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from rankwise.bench.code_version import CodeVersion, code_version
-from rankwise.bench.kinds import ADAPTER, BASE
+from rankwise.bench.kinds import ADAPTER, BASE, OF_ALL, TASKS
 from rankwise.bench.store import Contents, Record, Store
-from rankwise.bench.suite import COMPARISON, Method, Suite, suite_from
-from rankwise.data.config import DataConfig
-from rankwise.data.sources import content_hash, expand
+from rankwise.bench.suite import RATES, Method, Suite, suite_from
 from rankwise.errors import RequestError, did_you_mean
-from rankwise.files import sha256_bytes, sha256_file
-from rankwise.models.embedded import EMBEDDED
-from rankwise.recipes.resume import FREE
-from rankwise.recipes.run import RunConfig, build_run, run_document
+from rankwise.recipes.bench_cells import ALL, Cell, OfAll, Work, kept_folder, named, run_of, run_of_all, work_of
+from rankwise.recipes.run import RunConfig, build_run
 from rankwise.recipes.run_yaml import absolute_paths, read_yaml
-from rankwise.train.needs import NEEDS
 
 CELL_MODULE = "rankwise.recipes.bench_cell"
 """What computes a cell: its source, and all that it imports, is the code's version."""
+ALL_MODULE = "rankwise.recipes.bench_of_all"
+"""Likewise for a cell on all tasks."""
 
 DEFAULT_FOLDER = Path("benchmarks") / "quality"
-SUITES, TASKS, STORE, TABLES = "suites", "tasks.yaml", "store.jsonl", "tables"
-THREADS = 1
-"""Of each worker. Part of a cell's identity: sums over another number of threads round differently."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a suite: a method on a task with a seed at a rate."""
-
-    method: str
-    task: str
-    seed: int
-    lr: float | None
-    kind: str
-    run: RunConfig
-    cut: int | None = None
-
-    @property
-    def name(self) -> str:
-        """`method/task/seed`, with the rate behind it: what `--only` is matched with."""
-        return f"{self.method}/{self.task}/{self.seed}" + (f"@{self.lr:g}" if self.lr is not None else "")
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What decides the result, apart from the code: settings that are not the default, data and base by content."""
-        document, default = run_document(self.run), _defaults()
-        skipped = {"adapter", "ranks"} if self.kind != ADAPTER else set[str]()
-        found = {
-            f"{section}.{name}": value
-            for section, values in document.items()
-            if isinstance(values, dict) and section not in skipped
-            for name, value in values.items()
-            if f"{section}.{name}" not in FREE and value != default[section].get(name)
-        }
-        if self.kind == BASE:  # nothing is trained: only what is read, and how a new head is drawn, counts
-            found = {key: value for key, value in found.items() if not key.startswith("train.")}
-            found["train.objective"], found["train.precision"] = self.run.train.objective, self.run.train.precision
-        if self.kind == BASE and not _has_new_head(self.run):
-            found.pop("train.seed", None)
-        elif self.seed:
-            found["train.seed"] = self.seed
-        for split in ("train", "valid", "test"):
-            found[f"data.{split}"] = _content(getattr(self.run.data, split))
-        if self.cut is not None:
-            found["cut"] = self.cut
-        return found | {"kind": self.kind, "threads": THREADS, "model.name": base_identity(self.run.model.name)}
-
-    @property
-    def identity(self) -> str:
-        """Names the cell, whatever code computes it."""
-        return _digest(self.settings)
-
-    @property
-    def family(self) -> str:
-        """Names the method on its model: the settings without seed, data and rate."""
-        apart = ("train.seed", "train.lr", "data.train", "data.valid", "data.test")
-        return _digest({key: value for key, value in self.settings.items() if key not in apart})
-
-
-@cache
-def _defaults() -> dict[str, Any]:
-    return run_document(RunConfig(data=DataConfig(train="any")))
-
-
-def _digest(settings: Mapping[str, Any]) -> str:
-    return sha256_bytes(json.dumps(settings, sort_keys=True).encode())[:16]
-
-
-def _has_new_head(run: RunConfig) -> bool:
-    return NEEDS[run.train.objective].task_type in ("SEQ_CLS", "TOKEN_CLS")
-
-
-def _content(files: Any) -> str:
-    """One hash for the contents of data files, in their order."""
-    assert files is not None
-    return sha256_bytes("".join(_file_hash(path) for path in expand(files)).encode())[:16]
-
-
-@cache
-def _file_hash(path: str) -> str:
-    return content_hash(path)
-
-
-@cache
-def base_identity(name: str) -> str:
-    """The base by its content: package and version of an embedded model, hashes of a folder's files.
-
-    Raises: RequestError for a model of the Hub, whose content may change, and a package that is not installed.
-    """
-    if name in EMBEDDED:
-        package = EMBEDDED[name].distribution
-        try:
-            return f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            raise RequestError(f"model '{name}' needs the package {package}; run `make setup`") from None
-    folder = Path(name)
-    if not folder.is_dir():
-        raise RequestError(f"the bench takes an embedded model or a folder, not '{name}': its content must be fixed")
-    files = sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("tokenizer*.json")])
-    return sha256_bytes("".join(sha256_file(file) for file in files if file.is_file()).encode())[:16]
+SUITES, TASKS_FILE, STORE, TABLES, KEPT = "suites", "tasks.yaml", "store.jsonl", "tables", "adapters"
 
 
 @dataclass(frozen=True)
@@ -153,45 +49,98 @@ class Bench:
 
     @cached_property
     def code(self) -> CodeVersion:
-        """Of what computes cells, now."""
+        """Of what computes cells on one task, now."""
         return code_version(CELL_MODULE)
+
+    @cached_property
+    def code_of_all(self) -> CodeVersion:
+        """Of what computes cells on all tasks, now."""
+        return code_version(ALL_MODULE)
+
+    def code_for(self, kind: str) -> CodeVersion:
+        """Of what computes cells of this kind, now."""
+        return self.code_of_all if kind in OF_ALL else self.code
 
     def cell(self, method: str, task: str, seed: int, lr: float | None) -> Cell:
         """The cell of a method on a task.
 
         Raises: RequestError for settings that can't be.
         """
-        asked = self.suite.methods[method]
-        document = run_of(self.tasks[task], asked, seed, lr)
-        try:
-            run = build_run(absolute_paths(document, self.folder))
-        except RequestError as error:
-            raise RequestError(f"{method} on {task}: {error}") from None
-        return Cell(method, task, seed, lr, asked.kind, run, asked.cut)
+        key = (method, task, seed, lr)
+        if key not in self._made:
+            asked = self.suite.methods[method]
+            run = self._run(run_of(self.tasks[task], asked, seed, lr), f"{method} on {task}")
+            self._made[key] = Cell(method, task, seed, lr, asked.kind, run, asked.cut)
+        return self._made[key]
 
-    def tuning_cells(self, method: str) -> list[Cell]:
-        """The cells from which a method's rate is chosen, or of a table of rates, all."""
+    @cached_property
+    def _made(self) -> dict[tuple[object, ...], Cell]:
+        """Cells that have been asked for: a runner asks for all of them after each that is done."""
+        return {}
+
+    def cell_of_all(self, method: str, seed: int, lr: float | None, known: Contents) -> Cell:
+        """The cell of a method on all tasks of the suite.
+
+        Raises: RequestError for settings that can't be; NotYet while the rate of its adapters can't be chosen.
+        """
+        asked, names = self.suite.methods[method], self.suite.tasks
+        rate = None if asked.singles is None else self.chosen_rate(asked.singles, known)
+        key = (method, ALL, seed, lr, rate)
+        if key in self._made:
+            return self._made[key]
+        alone = Method(kind=BASE)
+        runs = {task: self._run(run_of(self.tasks[task], alone, seed, None), f"{method} on {task}") for task in names}
+        sources: dict[str, Cell] = {}
+        if asked.singles is not None:
+            sources = {task: self.cell(asked.singles, task, seed, rate) for task in names}
+        trained = names if asked.added is None else names[:-1]
+        run = runs[names[0]]
+        if asked.kind == TASKS:
+            document = run_of_all({task: self.tasks[task] for task in trained}, asked, seed, lr)
+            run = self._run(document, method)
+        settings = {name: getattr(asked, name) for name in ("combine", "gate", "new_task") if getattr(asked, name)}
+        self._made[key] = Cell(method, ALL, seed, lr, asked.kind, run, None, OfAll(runs, sources, settings))
+        return self._made[key]
+
+    def _run(self, document: Mapping[str, Any], where: str) -> RunConfig:
+        try:
+            return build_run(absolute_paths(document, self.folder))
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}") from None
+
+    def cells_at(self, method: str, seed: int, lr: float | None, known: Contents) -> list[Cell]:
+        """The cells of a method with a seed at a rate: one for each task, or one for all. Raises: as `cell_of_all`."""
+        if self.suite.methods[method].is_of_all:
+            return [self.cell_of_all(method, seed, lr, known)]
+        return [self.cell(method, task, seed, lr) for task in self.suite.tasks]
+
+    def tuning_cells(self, method: str, known: Contents) -> list[Cell]:
+        """The cells from which a method's rate is chosen, or of a table of rates, all. Raises: as `cell_of_all`."""
         suite = self.suite
-        rates = suite.methods[method].rates
-        return [self.cell(method, task, suite.tuning.seed, lr) for lr in rates for task in suite.tuning_tasks]
+        rates, seed = suite.methods[method].rates, suite.tuning.seed
+        if suite.methods[method].is_of_all:
+            return [self.cell_of_all(method, seed, lr, known) for lr in rates]
+        return [self.cell(method, task, seed, lr) for lr in rates for task in suite.tuning_tasks]
 
     def chosen_rate(self, method: str, known: Contents) -> float | None:
         """The rate with the lowest mean validation loss on the tuning seed.
 
         Raises: NotYet while some of its cells are missing.
         """
-        rates = self.suite.methods[method].rates
+        asked = self.suite.methods[method]
+        if isinstance(asked.lr, str):
+            return self.chosen_rate(asked.lr, known)
         if not self.suite.is_tuned(method):
-            return rates[0]
-        losses: dict[float | None, list[float]] = {rate: [] for rate in rates}
-        for cell in self.tuning_cells(method):
+            return asked.rates[0]
+        losses: dict[float | None, list[float]] = {rate: [] for rate in asked.rates}
+        for cell in self.tuning_cells(method, known):
             record = self.usable(cell, known)
             if record is None:
                 if self.failed(cell, known) is None:
                     raise NotYet(cell.name)
                 losses.pop(cell.lr, None)  # a rate at which training fails is not chosen
             elif cell.lr in losses:
-                losses[cell.lr].append(fmean(record.losses["valid"]))
+                losses[cell.lr].append(mean_loss(record.losses, "valid"))
         if not losses:
             raise NotYet(f"{method}: training failed at every rate")
         return min(losses, key=lambda rate: fmean(losses[rate]))
@@ -199,19 +148,19 @@ class Bench:
     def cells(self, method: str, known: Contents) -> Iterator[Cell]:
         """All cells of a method that are known by now: those of its grid first, then those at the chosen rate."""
         suite = self.suite
-        if suite.table != COMPARISON:
+        if suite.table == RATES:
             for seed in suite.seeds:
                 for lr in suite.methods[method].rates:
-                    yield from (self.cell(method, task, seed, lr) for task in suite.tasks)
+                    yield from self.cells_at(method, seed, lr, known)
             return
-        if suite.is_tuned(method):
-            yield from self.tuning_cells(method)
         try:
+            if suite.is_tuned(method):
+                yield from self.tuning_cells(method, known)
             rate = self.chosen_rate(method, known)
+            for seed in suite.seeds:
+                yield from self.cells_at(method, seed, rate, known)
         except NotYet:
             return
-        for seed in suite.seeds:
-            yield from (self.cell(method, task, seed, rate) for task in suite.tasks)
 
     def plan(self, known: Contents, only: Sequence[str] = ()) -> list[Cell]:
         """The suite's cells in the order in which they are run: every method's first seeds before anyone's last.
@@ -222,8 +171,10 @@ class Bench:
         """
         of_each = [list(self.cells(method, known)) for method in self.suite.methods]
         order = sorted((cell for cells in of_each for cell in cells), key=lambda cell: cell.seed)
-        unique = {cell.identity: cell for cell in reversed(order)}
-        found = [cell for cell in order if unique.get(cell.identity) is cell]
+        unique: dict[str, Cell] = {}
+        for cell in order:
+            unique.setdefault(cell.identity, cell)
+        found = list(unique.values())
         if not only:
             return found
         for pattern in only:
@@ -234,26 +185,44 @@ class Bench:
 
     def _names(self) -> Iterator[str]:
         for method, asked in self.suite.methods.items():
-            for task in self.suite.tasks:
+            for task in (ALL,) if asked.is_of_all else self.suite.tasks:
                 for seed in self.suite.seeds:
-                    yield from (_named(method, task, seed, rate) for rate in asked.rates)
+                    yield from (named(method, task, seed, rate) for rate in asked.rates)
 
     def usable(self, cell: Cell, known: Contents) -> Record | None:
         """The cell's result by this code, or by code that is known to give the same; else a stale one, if accepted."""
-        found = known.find(cell.identity, self.code.name)
-        return known.stale(cell.identity, self.code.name) if found is None and self.accepts_stale else found
+        code = self.code_for(cell.kind).name
+        found = known.find(cell.identity, code)
+        return known.stale(cell.identity, code) if found is None and self.accepts_stale else found
 
     def is_done(self, cell: Cell, known: Contents) -> bool:
         """Whether the cell has a result that is not stale."""
-        return known.find(cell.identity, self.code.name) is not None
+        return known.find(cell.identity, self.code_for(cell.kind).name) is not None
 
     def failed(self, cell: Cell, known: Contents) -> Record | None:
         """The record of a failure by this code, where nothing better is known."""
-        return None if self.is_done(cell, known) else known.find(cell.identity, self.code.name, "failed")
+        if self.is_done(cell, known):
+            return None
+        return known.find(cell.identity, self.code_for(cell.kind).name, "failed")
+
+    def work(self, cell: Cell, known: Contents) -> Work:
+        """What a worker does for a cell: adapters that others begin with lie in a folder beside the store."""
+        is_kept = cell.kind == ADAPTER and cell.method in self.suite.kept
+        sources = {} if cell.every is None else cell.every.sources
+        return work_of(
+            cell, self._kept(cell, known) if is_kept else None,
+            {task: self._kept(source, known) for task, source in sources.items()},
+        )  # fmt: skip
+
+    def _kept(self, cell: Cell, known: Contents) -> Path:
+        now = self.code.name
+        alike = sorted(old for family, old, new in known.same if family == cell.family and new == now)
+        return kept_folder(self.folder / KEPT, cell, [now, *alike])
 
 
-def _named(method: str, task: str, seed: int, lr: float | None) -> str:
-    return f"{method}/{task}/{seed}" + (f"@{lr:g}" if lr is not None else "")
+def mean_loss(losses: Mapping[str, Sequence[float]], split: str) -> float:
+    """Of a cell on one task, or on all, each counting the same."""
+    return fmean(fmean(values) for key, values in losses.items() if key.rpartition("/")[2] == split)
 
 
 class NotYet(Exception):  # noqa: N818 (a state, not an error)
@@ -265,17 +234,6 @@ def matches(pattern: str, name: str) -> bool:
     parts = name.split("@")[0].split("/")
     beginnings = ["/".join(parts[:count]) for count in range(1, len(parts) + 1)]
     return any(fnmatch.fnmatchcase(candidate, pattern) for candidate in (name, *beginnings))
-
-
-def run_of(task: Mapping[str, Any], method: Method, seed: int, lr: float | None) -> dict[str, Any]:
-    """The run file's mapping of a cell."""
-    train = {**task.get("train", {}), **method.train, "seed": seed}
-    if lr is not None:
-        train["lr"] = lr
-    document: dict[str, Any] = {**task, "train": train}
-    if method.kind == ADAPTER:
-        document |= {"adapter": {**method.adapter}, "ranks": {**method.ranks}}
-    return document
 
 
 def open_bench(name: str) -> Bench:
@@ -293,11 +251,13 @@ def open_bench(name: str) -> Bench:
     path = path.absolute()
     document = read_yaml(path)
     folder = path.parent.parent
-    if not (folder / TASKS).is_file():
-        raise RequestError(f"'{path}' is in no bench: there is no {TASKS} in '{folder}'")
-    tasks = read_yaml(folder / TASKS)
+    if not (folder / TASKS_FILE).is_file():
+        raise RequestError(f"'{path}' is in no bench: there is no {TASKS_FILE} in '{folder}'")
+    tasks = read_yaml(folder / TASKS_FILE)
     templates = {task: values for task, values in tasks.items() if not task.startswith(".")}
     for task, values in templates.items():
         if not isinstance(values, Mapping) or set(values) - {"model", "data", "train"}:
-            raise RequestError(f"{TASKS}: '{task}' must hold a run file's model:, data: and train:, without the others")
+            raise RequestError(
+                f"{TASKS_FILE}: '{task}' must hold a run file's model:, data: and train:, without the others"
+            )
     return Bench(path.stem, folder, suite_from(document, list(templates)), templates)

@@ -20,18 +20,30 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
 
+from rankwise.adapters.gate_config import INFERRED
+from rankwise.attach.gates import on_task
 from rankwise.attach.inject import adapter_parameters
-from rankwise.bench.kinds import ADAPTER, BASE
+from rankwise.bench.kinds import ADAPTER, BASE, COMBINE, GATE
+from rankwise.bench.suite import NewTask
+from rankwise.config import build
 from rankwise.ranks.config import RESIZING
 from rankwise.recipes.bench_cell import plain_job
-from rankwise.recipes.finetune_job import prepare
-from rankwise.recipes.run import RunConfig
+from rankwise.recipes.bench_cells import Work
+from rankwise.recipes.bench_of_all import new_batches, prompts_of, router_rows, run_on_all, task_of
+from rankwise.recipes.finetune_job import Job, prepare
+from rankwise.recipes.run import RunConfig, read_run
+from rankwise.recipes.task_stages import set_way
 from rankwise.say import silent
+from rankwise.tasks.new_task import add_task
+from rankwise.tasks.router import states_of
 from rankwise.train.objective import MicroBatch, Objective
-from rankwise.train.objectives import minimised
+from rankwise.train.objectives import minimised, objective_of
 
 NESTED_STEPS = 4
 """Counted of a nested run, whose steps differ."""
+
+ROUTER_SAMPLE = 32
+"""Rows of each task that are counted of those that a classifier of tasks reads."""
 
 PER_PARAMETER = 6
 """Operations for a token and a parameter of a product of matrices: 2 forward, 2 each for the two gradients."""
@@ -105,3 +117,54 @@ def training_flops(run: RunConfig, kind: str, figures: Mapping[str, Any], cut: i
         at_start = sum(parameter.numel() for parameter in adapter_parameters(job.model).values())
         found += PER_PARAMETER * tokens * (figures["trainable_parameters"] - at_start) / 2
     return round(found)
+
+
+def flops_of_all(work: Work, figures: Mapping[str, Any]) -> int:
+    """Of a cell on all tasks: its own steps, and what a classifier of tasks reads; not the adapters it begins with.
+
+    Each stage is counted on its first step, and stands for its share of the run's tokens.
+    """
+    if work.kind == COMBINE:
+        return 0
+    if work.kind == GATE:
+        return round(_router_flops(work)) if work.settings["gate"]["mode"] == INFERRED else 0
+    job = prepare(run_on_all(work), None, silent)
+    tasks = job.tasks
+    assert tasks is not None
+    objective, total = minimised(job.objective, job.run.train), 0.0
+    for stage in tasks.run.stages:
+        tasks.enter(stage, silent, lambda found: None)
+        batch = job.batches.first(stage.first)
+        tokens = figures["tokens"] * stage.num_steps / figures["steps"]
+        total += step_flops(job.model, objective, batch) / batch.num_tokens * tokens
+        job.model.zero_grad(set_to_none=True)
+    gating = job.run.tasks.gating
+    if gating is not None and gating.mode == INFERRED:
+        total += _router_flops(work)
+    if (settings := work.settings.get("new_task")) is not None:
+        total += _vector_flops(job, work, build(NewTask, settings, "new_task"), figures["new_task_tokens"])
+    return round(total)
+
+
+def _vector_flops(job: Job, work: Work, settings: NewTask, tokens: int) -> float:
+    name = list(work.runs)[-1]
+    task = task_of(name, read_run(work.runs[name]))
+    batch = new_batches(job, settings, task).first(1)
+    set_way(job.model, None)
+    add_task(job.model, name)
+    with on_task(job.model, name):
+        found = step_flops(job.model, minimised(objective_of(task.run.train), task.run.train), batch)
+    return found / batch.num_tokens * tokens
+
+
+def _router_flops(work: Work) -> float:
+    """A pass of the base over the rows that the classifier is fitted to, counted on some of each task."""
+    total = 0.0
+    tasks = [task_of(name, read_run(document)) for name, document in work.runs.items()]
+    model = plain_job(tasks[0].run, BASE).model
+    for task in tasks:
+        prompts = prompts_of(router_rows(task))
+        some = prompts[:ROUTER_SAMPLE]
+        found = counted_flops(lambda some=some, pad_id=task.data.pad_id: states_of(model, some, pad_id))
+        total += found / sum(map(len, some)) * sum(map(len, prompts))
+    return total

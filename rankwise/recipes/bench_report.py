@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -12,14 +12,21 @@ import numpy as np
 
 from rankwise.bench.compare import NO_WORSE, Losses, Plan, Row, compare, margin_of, sentence
 from rankwise.bench.kinds import FULL
-from rankwise.bench.markdown import Costs, Page, comparison_page, rates_page
+from rankwise.bench.markdown import Costs, Page, Several, comparison_page, rates_page, several_page
 from rankwise.bench.picture import Point, draw
 from rankwise.bench.rates import LEAST_SEEDS, RateRow, rate_row, rate_sentences
+from rankwise.bench.several import change_sentence, changes, rows_by_task, tasks_sentence, worst_sentence, worst_tasks
 from rankwise.bench.store import Contents, Record
-from rankwise.bench.suite import COMPARISON, Margin
+from rankwise.bench.suite import COMPARISON, RATES, SEVERAL, Margin, Suite
 from rankwise.errors import counted
 from rankwise.files import write_text
-from rankwise.recipes.bench import TABLES, Bench, Cell, NotYet, open_bench
+from rankwise.recipes.bench import TABLES, Bench, NotYet, open_bench
+from rankwise.recipes.bench_cells import Cell
+
+OF_ALL_FACT = (
+    "Parameters, stored bytes, CPU and FLOPs are of all tasks together; training the single adapters that a method "
+    "begins with is not in its own. Methods that take the task of a row are told it; inferred gates are not."
+)
 
 BUSY_LOAD = 2.0
 """A load average above which times are said to be noisy."""
@@ -42,7 +49,7 @@ def bench_report(name: str, write: bool = True) -> dict[str, Any]:
     """
     bench = dataclasses.replace(open_bench(name), accepts_stale=True)
     known = bench.store.read()
-    report = _comparison(bench, known) if bench.suite.table == COMPARISON else _rates(bench, known)
+    report = TABLE_OF[bench.suite.table](bench, known)
     path = bench.folder / TABLES / f"{bench.name}.md"
     picture = path.with_suffix(".png") if report.points else None
     if write:
@@ -67,42 +74,48 @@ def _used(bench: Bench, known: Contents) -> Iterator[tuple[Cell, Record]]:
 
 
 def _is_stale(bench: Bench, cell: Cell, known: Contents) -> bool:
-    return known.find(cell.identity, bench.code.name) is None
+    return known.find(cell.identity, bench.code_for(cell.kind).name) is None
 
 
 def _num_missing(bench: Bench, known: Contents) -> int:
     suite = bench.suite
-    wanted = len(suite.methods) * len(suite.tasks) * len(suite.seeds)
-    if suite.table != COMPARISON:
+    if suite.table == RATES:
         wanted = sum(len(method.rates) for method in suite.methods.values()) * len(suite.tasks) * len(suite.seeds)
-    there = _found(bench, known) if suite.table == COMPARISON else {}
-    done = sum(len(seeds) for tasks in there.values() for seeds in tasks.values())
-    if suite.table != COMPARISON:
-        done = sum(1 for _ in _used(bench, known))
-    return wanted - done
+        return wanted - sum(1 for _ in _used(bench, known))
+    done = {method: _records(bench, method, known) for method in suite.methods}
+    return sum(suite.num_cells(method) - len(records) for method, records in done.items())
+
+
+def _records(bench: Bench, method: str, known: Contents) -> list[tuple[Cell, Record]]:
+    """Results at the method's chosen rate."""
+    try:
+        rate = bench.chosen_rate(method, known)
+        cells = [cell for seed in bench.suite.seeds for cell in bench.cells_at(method, seed, rate, known)]
+    except NotYet:
+        return []
+    found = [(cell, bench.usable(cell, known)) for cell in cells]
+    return [(cell, record) for cell, record in found if record is not None]
 
 
 def _found(bench: Bench, known: Contents) -> dict[str, dict[str, dict[int, Record]]]:
-    """Results at each method's chosen rate."""
+    """Results at each method's chosen rate, by task and seed; those of a cell on all tasks, taken apart."""
     found: dict[str, dict[str, dict[int, Record]]] = {}
     for method in bench.suite.methods:
         found[method] = {task: {} for task in bench.suite.tasks}
-        try:
-            rate = bench.chosen_rate(method, known)
-        except NotYet:
-            continue
-        for task in bench.suite.tasks:
-            for seed in bench.suite.seeds:
-                record = bench.usable(bench.cell(method, task, seed, rate), known)
-                if record is not None:
-                    found[method][task][seed] = record
+        for cell, record in _records(bench, method, known):
+            for task in bench.suite.tasks if cell.every is not None else [cell.task]:
+                found[method][task][cell.seed] = record if cell.every is None else record.of_task(task)
     return found
 
 
 def _losses(tasks: Mapping[str, Mapping[int, Record]]) -> Losses:
+    splits = {split: None for seeds in tasks.values() for record in seeds.values() for split in record.losses}
     return {
-        split: {task: {seed: record.losses[split] for seed, record in seeds.items()} for task, seeds in tasks.items()}
-        for split in ("train", "valid", "test")
+        split: {
+            task: {seed: record.losses[split] for seed, record in seeds.items() if split in record.losses}
+            for task, seeds in tasks.items()
+        }
+        for split in splits or ("train", "valid", "test")
     }
 
 
@@ -111,8 +124,7 @@ def _comparison(bench: Bench, known: Contents) -> Report:
     assert suite.reference is not None
     found = _found(bench, known)
     losses = {method: _losses(tasks) for method, tasks in found.items()}
-    gain = suite.margin
-    margin = None if gain is None else margin_of(losses[gain.base], losses[gain.to], suite.tasks, gain.share)
+    gain, margin = suite.margin, _margin(suite, losses, suite.tasks)
     share_of = None if suite.share_of is None else (suite.share_of.base, suite.share_of.to)
     plan = Plan(suite.tasks, suite.reference, margin, share_of, len(suite.seeds))
     rows = compare(losses, plan)
@@ -124,6 +136,86 @@ def _comparison(bench: Bench, known: Contents) -> Report:
     documents = [_document(row, costs[row.name], plan) for row in rows]
     sentences = [sentence(row, plan) for row in rows]
     return Report(comparison_page(page, rows, costs, plan), documents, sentences, points)
+
+
+def _margin(suite: Suite, losses: Mapping[str, Losses], tasks: Sequence[str]) -> float | None:
+    gain = suite.margin
+    return None if gain is None else margin_of(losses[gain.base], losses[gain.to], tasks, gain.share)
+
+
+def _several(bench: Bench, known: Contents) -> Report:
+    suite = bench.suite
+    assert suite.reference is not None
+    found = _found(bench, known)
+    losses = {method: _losses(tasks) for method, tasks in found.items()}
+    margin = _margin(suite, losses, suite.tasks)
+    margins = {task: _margin(suite, losses, [task]) for task in suite.tasks}
+    plan = Plan(suite.tasks, suite.reference, margin, None, len(suite.seeds))
+    rows = compare(losses, plan)
+    by_task = rows_by_task(losses, plan, margins)
+    worst, moved = worst_tasks(losses, plan, by_task, margins), changes(losses, plan)
+    others = [row.name for row in rows if row.name != plan.reference]
+    sentences = [
+        *(sentence(row, plan) for row in rows),
+        *(tasks_sentence(name, by_task, plan) for name in others),
+        *(worst_sentence(one, plan, margins) for one in worst),
+        *(change_sentence(one, plan) for one in moved),
+        *(text for method in suite.methods if (text := _routed_sentence(method, found[method])) is not None),
+    ]
+    costs = {method: _costs_of_all(bench, method, known) for method in suite.methods}
+    points = _points(rows, costs, len(suite.seeds))
+    picture = f"{bench.name}.png" if points else None
+    facts = [*_facts(bench, known), _margin_fact(suite.margin, margin), OF_ALL_FACT]
+    page = Page(suite.title, suite.note, facts, _failed(bench, known), picture)
+    documents = [
+        _document(row, costs[row.name], plan)
+        | {"tasks": {t: by_task[t][row.name].verdict for t in suite.tasks}, "losses": dict(row.by_task or {})}
+        for row in rows
+    ]
+    text = several_page(page, rows, costs, plan, Several(by_task, worst, moved, sentences))
+    return Report(text, documents, sentences, points)
+
+
+def _routed_sentence(method: str, tasks: Mapping[str, Mapping[int, Record]]) -> str | None:
+    """How often a gate that is given no task finds it, on test rows."""
+    shares = {
+        task: fmean(fmean(record.body["routed"]["test"]) for record in seeds.values())
+        for task, seeds in tasks.items()
+        if seeds and all("routed" in record.body for record in seeds.values())
+    }
+    if not shares:
+        return None
+    parts = ", ".join(f"{task} {share:.1%}" for task, share in shares.items())
+    return f"{method} finds the task of {fmean(shares.values()):.1%} of test rows ({parts})."
+
+
+def _costs_of_all(bench: Bench, method: str, known: Contents) -> Costs:
+    """Of all tasks together: what cells on one task have is added up."""
+    rate, records = _rate_text(bench, method, known), _records(bench, method, known)
+    if not records:
+        return Costs(rate)
+    by_seed: dict[int, list[Record]] = {}
+    for cell, record in records:
+        by_seed.setdefault(cell.seed, []).append(record)
+    most = max(map(len, by_seed.values()))
+    whole = [of_seed for of_seed in by_seed.values() if len(of_seed) == most]
+
+    def total(name: str) -> float:
+        return fmean(sum(record.figures[name] for record in of_seed) for of_seed in whole)
+
+    figures = [record.figures for _, record in records]
+    right = [
+        fmean(values)
+        for _, record in records
+        for key, values in record.body["correct"].items()
+        if key.rpartition("/")[2] == "test"
+    ]
+    return Costs(
+        rate, round(total("trainable_parameters")), round(total("adapter_bytes")),
+        fmean(one["peak_memory_bytes"] for one in figures), total("cpu_s"),
+        total("flops") if all("flops" in one for one in figures) else None,
+        fmean(right) if right else None, any(_is_stale(bench, cell, known) for cell, _ in records),
+    )  # fmt: skip
 
 
 def _points(rows: list[Row], costs: Mapping[str, Costs], num_seeds: int) -> list[Point]:
@@ -163,12 +255,15 @@ def _costs(bench: Bench, method: str, tasks: Mapping[str, Mapping[int, Record]],
 
 
 def _is_old(bench: Bench, record: Record, known: Contents) -> bool:
-    return known.find(record.cell, bench.code.name) is None
+    return known.find(record.cell, bench.code_for(record.body["settings"]["kind"]).name) is None
 
 
 def _rate_text(bench: Bench, method: str, known: Contents) -> str:
     """The rate, and where it stands in its grid."""
-    rates = [rate for rate in bench.suite.methods[method].rates if rate is not None]
+    asked = bench.suite.methods[method]
+    if isinstance(asked.lr, str):
+        return _borrowed_rate(bench, asked.lr, known)
+    rates = [rate for rate in asked.rates if rate is not None]
     if not rates:
         return ""
     grid = ", ".join(f"{rate:g}" for rate in rates)
@@ -183,6 +278,13 @@ def _rate_text(bench: Bench, method: str, known: Contents) -> str:
     return f"{rate:g} (of {grid}{edge})"
 
 
+def _borrowed_rate(bench: Bench, other: str, known: Contents) -> str:
+    try:
+        return f"{bench.chosen_rate(other, known):g}, that of {other}"
+    except NotYet:
+        return f"that of {other}"
+
+
 def _facts(bench: Bench, known: Contents) -> list[str]:
     suite, used = bench.suite, list(_used(bench, known))
     stale = [(cell, record) for cell, record in used if _is_stale(bench, cell, known)]
@@ -193,20 +295,28 @@ def _facts(bench: Bench, known: Contents) -> list[str]:
         f"{counted(len(used), 'cell')} of this table are in the store, {_num_missing(bench, known):,} are missing; "
         f"{minutes:.0f} CPU-minutes of training and measuring.",
     ]
-    if suite.table == COMPARISON and any(suite.is_tuned(method) for method in suite.methods):
+    if suite.table != RATES and any(suite.is_tuned(method) for method in suite.methods):
         facts.append(
             f"Each method's learning rate is that of the lowest validation loss on seed {suite.tuning.seed} of "
-            f"{', '.join(suite.tuning_tasks)}."
+            f"{', '.join(suite.tuning_tasks)}{_of_all_tuning(suite)}."
         )
     if used:
         facts.append(_where(used))
     if stale:
-        changed = bench.store.read().changed_files(stale[0][1].code, bench.code.files)
+        cell, record = stale[0]
+        changed = known.changed_files(record.code, bench.code_for(cell.kind).files)
         facts.append(
             f"† {counted(len(stale), 'cell')} stale: computed by older code that later changes could alter "
             f"({', '.join(changed[:4])}{', ...' if len(changed) > 4 else ''})."
         )
     return facts
+
+
+def _of_all_tuning(suite: Suite) -> str:
+    """Where methods on all tasks have grids."""
+    if not any(suite.is_tuned(name) and method.is_of_all for name, method in suite.methods.items()):
+        return ""
+    return "; of methods with cells on all tasks, of their mean over all of them"
 
 
 def _where(used: list[tuple[Cell, Record]]) -> str:
@@ -268,3 +378,11 @@ def _rate_row(bench: Bench, method: str, known: Contents) -> RateRow:
         if seeds <= set(there)
     }
     return rate_row(method, tasks_of, [rate for rate in found if rate not in tasks_of])
+
+
+TABLE_OF: dict[str, Callable[[Bench, Contents], Report]] = {
+    COMPARISON: _comparison,
+    RATES: _rates,
+    SEVERAL: _several,
+}
+"""By a suite's table."""

@@ -19,16 +19,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from rankwise.bench.kinds import KINDS, OF_ALL
 from rankwise.bench.store import CELL, DONE, FAILED, SAME, Contents, Record
 from rankwise.errors import RankwiseError, RequestError, counted
-from rankwise.recipes.bench import CELL_MODULE, THREADS, Bench, Cell, NotYet, open_bench
+from rankwise.recipes.bench import ALL_MODULE, CELL_MODULE, Bench, NotYet, mean_loss, open_bench
+from rankwise.recipes.bench_cells import THREADS, Cell, Work
 from rankwise.recipes.provenance import source_commit, versions
-from rankwise.recipes.run import read_run, run_document
+from rankwise.recipes.run import read_run
 from rankwise.say import Say, silent, to_stderr
 from rankwise.train.log import clock
 
@@ -122,7 +125,7 @@ class Runner:
         try:
             while True:
                 for cell in self.pending(known, workers)[: self.num_workers - len(workers)]:
-                    workers.append(start(cell))
+                    workers.append(start(cell, self.bench.work(cell, known)))
                 if not workers:
                     return
                 for worker in finished(workers):
@@ -152,15 +155,15 @@ class Runner:
         """Writes down what a worker has found, or why it has not."""
         seconds = time.monotonic() - worker.began
         outcome = outcome_of(worker)
-        line = line_of(self.bench, worker.cell, outcome, seconds)
-        self.bench.store.append(line, self.bench.code.name, self.bench.code.files)
+        line, code = line_of(self.bench, worker.cell, outcome, seconds), self.bench.code_for(worker.cell.kind)
+        self.bench.store.append(line, code.name, code.files)
         if outcome["status"] == FAILED:
             self.failed.append(worker.cell)
             self.say(f"{worker.cell.name} failed: {outcome['reason']}")
             return
         self.num_run += 1
         self.durations.append(seconds)
-        valid, test = (fmean(outcome["losses"][split]) for split in ("valid", "test"))
+        valid, test = (mean_loss(outcome["losses"], split) for split in ("valid", "test"))
         self.say(f"{worker.cell.name}: valid {valid:.4f}, test {test:.4f}, {clock(seconds)}")
 
     def num_left(self, known: Contents) -> int:
@@ -168,7 +171,7 @@ class Runner:
         left = len(self.pending(known))
         suite = self.bench.suite
         # of a grid, the cells at the rate that will be chosen are counted already
-        left += len(self.waiting(known)) * (len(suite.seeds) * len(suite.tasks) - len(suite.tuning_tasks))
+        left += sum(suite.num_cells(method) - suite.num_in_grid(method) for method in self.waiting(known))
         return left if self.limit is None else min(left, max(self.limit - self.num_run - len(self.failed), 0))
 
     def waiting(self, known: Contents) -> list[str]:
@@ -189,17 +192,15 @@ class Runner:
             self.say(f"{counted(left, 'cell')} left, about {clock(seconds)}")
 
 
-def start(cell: Cell) -> Worker:
-    """A process that computes the cell, forked from a server that has loaded what every cell needs."""
+def start(cell: Cell, work: Work) -> Worker:
+    """A process that does the work of the cell, forked from a server that has loaded what every cell needs."""
     for name in ONE_THREAD:
         os.environ[name] = str(THREADS)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([CELL_MODULE])
+    context.set_forkserver_preload([CELL_MODULE, ALL_MODULE])
     ours, results = context.Pipe(duplex=False)
     end, lifeline = context.Pipe(duplex=False)
-    process = context.Process(
-        target=compute, args=(results, end, run_document(cell.run), cell.kind, cell.cut), daemon=True
-    )
+    process = context.Process(target=compute, args=(results, end, work), daemon=True)
     process.start()
     results.close()
     end.close()
@@ -226,36 +227,70 @@ def outcome_of(worker: Worker) -> Mapping[str, Any]:
     return outcome
 
 
-def compute(results: Connection, end: Connection, document: dict[str, Any], kind: str, cut: int | None) -> None:
+def compute(results: Connection, end: Connection, work: Work) -> None:
     """What a worker does: one cell, its outcome sent back whatever happens; over when the runner is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's: it ends its workers
     threading.Thread(target=_end_with, args=(end,), daemon=True).start()
     import torch
 
-    from rankwise.recipes.bench_cell import run_cell
-    from rankwise.recipes.bench_flops import training_flops
-    from rankwise.train.log import peak_memory_bytes
-
     torch.set_num_threads(THREADS)
     load = os.getloadavg()[0]
-    began = time.process_time()
     try:
-        run = read_run(document)
-        outcome = run_cell(run, kind, cut)
-        outcome["figures"] |= {
-            "cpu_s": round(time.process_time() - began, 2),
-            "peak_memory_bytes": peak_memory_bytes(torch.device("cpu")),
-            "load_average": round(load, 2),
-        }
-        if (flops := training_flops(run, kind, outcome["figures"], cut)) is not None:
-            outcome["figures"]["flops"] = flops
+        outcome = _of_all(work) if work.kind in OF_ALL else _of_one(work)
     except RankwiseError as error:
         results.send({"status": FAILED, "reason": error.message})
         return
     except Exception as error:  # noqa: BLE001 (whatever it is, the store says it, and the other cells go on)
         results.send({"status": FAILED, "reason": " ".join(f"{type(error).__name__}: {error}".split())})
         return
+    outcome["figures"]["load_average"] = round(load, 2)
     results.send({"status": DONE, **outcome})
+
+
+def _of_one(work: Work) -> dict[str, Any]:
+    from rankwise.recipes.bench_cell import run_cell
+    from rankwise.recipes.bench_flops import training_flops
+
+    run = read_run(work.document)
+    with contextlib.ExitStack() as held:
+        keep = None
+        if work.keep is not None:  # another worker may be making the same adapter
+            folder = Path(work.keep)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(f"{folder}.lock"))
+            keep = None if folder.exists() else folder
+        began = time.process_time()
+        outcome = run_cell(run, work.kind, work.cut, keep)
+    outcome["figures"] |= _costs(began)
+    flops = training_flops(run, work.kind, outcome["figures"], work.cut)
+    return _with_flops(outcome, flops)
+
+
+def _of_all(work: Work) -> dict[str, Any]:
+    """The adapters that it begins with are no part of its costs: they are cells of their own."""
+    from rankwise.recipes.bench_flops import flops_of_all
+    from rankwise.recipes.bench_of_all import find_sources, run_of_all
+
+    find_sources(work)
+    began = time.process_time()
+    outcome = run_of_all(work)
+    outcome["figures"] |= _costs(began)
+    return _with_flops(outcome, flops_of_all(work, outcome["figures"]))
+
+
+def _costs(began: float) -> dict[str, float]:
+    import torch
+
+    from rankwise.train.log import peak_memory_bytes
+
+    cpu_s = round(time.process_time() - began, 2)
+    return {"cpu_s": cpu_s, "peak_memory_bytes": peak_memory_bytes(torch.device("cpu"))}
+
+
+def _with_flops(outcome: dict[str, Any], flops: int | None) -> dict[str, Any]:
+    if flops is not None:
+        outcome["figures"]["flops"] = flops
+    return outcome
 
 
 def _end_with(end: Connection) -> None:
@@ -267,7 +302,8 @@ def _end_with(end: Connection) -> None:
 def line_of(bench: Bench, cell: Cell, outcome: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """The store's line about a cell."""
     line = {
-        "kind": CELL, "cell": cell.identity, "family": cell.family, "code": bench.code.name, "name": cell.name,
+        "kind": CELL, "cell": cell.identity, "family": cell.family, "code": bench.code_for(cell.kind).name,
+        "name": cell.name,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"), "settings": cell.settings,
         "versions": versions(), "commit": source_commit(), "machine": machine(), **outcome,
     }  # fmt: skip
@@ -302,23 +338,31 @@ def bench_check(name: str, only: Sequence[str] = (), quiet: bool = False) -> dic
         chosen = _to_check(bench, known, only)
         if not chosen:
             raise RequestError(f"no finished cell of '{bench.name}' to run again; run the suite first")
-        compared = [_compared(bench, cell, record, say) for cell, record in chosen]
-        for old in sorted({record.code for _, record in chosen} - {bench.code.name}):
-            of_old = [
-                (entry, record) for entry, (_, record) in zip(compared, chosen, strict=True) if record.code == old
-            ]
-            differing = {record.family for entry, record in of_old if not entry["exact"]}
-            families = sorted({record.family for _, record in of_old} - differing)
-            if families:
-                cells = [entry["cell"] for entry, record in of_old if record.family in families]
-                line = {"kind": SAME, "old": old, "new": bench.code.name, "families": families, "cells": cells}
-                bench.store.append(line, bench.code.name, bench.code.files)
+        compared = [_compared(bench, cell, record, known, say) for cell, record in chosen]
+        _note_same(bench, chosen, compared)
     result: dict[str, Any] = {"suite": bench.name, "code": bench.code.name, "cells": compared}
     unlike = [entry["cell"] for entry in compared if not entry["exact"]]
     if unlike:
         text = f"{counted(len(unlike), 'cell')} came out otherwise than stored: {', '.join(unlike)}"
         result["error"] = {"code": 1, "message": text}
     return result
+
+
+def _note_same(bench: Bench, chosen: Sequence[tuple[Cell, Record]], compared: Sequence[Mapping[str, Any]]) -> None:
+    """Writes down which methods' results are the same by the code that there is now."""
+    for kinds in ([kind for kind in KINDS if kind not in OF_ALL], OF_ALL):
+        code = bench.code_for(kinds[0])
+        checked = [
+            (entry, record) for entry, (cell, record) in zip(compared, chosen, strict=True) if cell.kind in kinds
+        ]
+        for old in sorted({record.code for _, record in checked} - {code.name}):
+            of_old = [(entry, record) for entry, record in checked if record.code == old]
+            differing = {record.family for entry, record in of_old if not entry["exact"]}
+            families = sorted({record.family for _, record in of_old} - differing)
+            if families:
+                cells = [entry["cell"] for entry, record in of_old if record.family in families]
+                line = {"kind": SAME, "old": old, "new": code.name, "families": families, "cells": cells}
+                bench.store.append(line, code.name, code.files)
 
 
 def _to_check(bench: Bench, known: Contents, only: Sequence[str]) -> list[tuple[Cell, Record]]:
@@ -332,8 +376,8 @@ def _to_check(bench: Bench, known: Contents, only: Sequence[str]) -> list[tuple[
     return list(quickest.values())
 
 
-def _compared(bench: Bench, cell: Cell, record: Record, say: Say) -> dict[str, Any]:
-    outcome = outcome_of(start(cell))
+def _compared(bench: Bench, cell: Cell, record: Record, known: Contents, say: Say) -> dict[str, Any]:
+    outcome = outcome_of(start(cell, bench.work(cell, known)))
     entry: dict[str, Any] = {"cell": cell.name, "stored_code": record.code}
     if outcome["status"] == FAILED:
         entry |= {"exact": False, "reason": outcome["reason"]}

@@ -39,7 +39,7 @@ def test_a_suite_is_read():
         ({"methods": {**METHODS, "x": {"lr": [1.0, 1.0]}}}, "must be different rates"),
         ({"methods": {**METHODS, "x": {"lr": 1.0, "train": {"seed": 1}}}}, "train.seed is set by the suite"),
         ({"methods": {**METHODS, "x": {"lr": 1.0, "ada": {}}}}, "unknown setting 'methods.x.ada'"),
-        ({"methods": {**METHODS, "x": {"lr": "fast"}}}, "methods.x.lr must be"),
+        ({"methods": {**METHODS, "x": {"lr": "fast"}}}, "methods.x.lr: 'fast' is no method with rates"),
         ({"methods": {**METHODS, "x": 3}}, "methods.x must be a mapping"),
     ],
 )  # fmt: skip
