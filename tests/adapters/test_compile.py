@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from rankwise.adapters.config import LoraConfig
+from rankwise.adapters.gate_config import GateConfig
+from rankwise.attach.gates import attach_embedding, attach_gate, set_task
 from rankwise.attach.inject import attach
 from tests import tiny
 
@@ -55,6 +57,39 @@ def test_a_language_model_is_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found, expected = compiled(ids).logits, model(ids).logits
     assert (found - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
+@pytest.mark.parametrize("mode", ["task", "rows", "soft", "vectors"])
+def test_a_gate_is_one_graph(mode):
+    """One task, a task for each row, a learned mixture, task embeddings: forward, and gradients of what is trained."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
+    base = tiny.llama(num_hidden_layers=1)
+    if mode == "vectors":
+        model = attach_embedding(base, config, ["a", "b"])
+    else:
+        model = attach_gate(base, {"a": config, "b": config}, GateConfig("soft" if mode == "soft" else "hard"))
+    set_task(model, {"task": "a", "rows": ["a", "b"], "soft": None, "vectors": "b"}[mode])
+    ids = torch.randint(0, 250, (2, 20))  # more tokens than rows are counted by
+
+    def run(of):
+        model.zero_grad()
+        logits = of(ids).logits
+        logits.float().square().mean().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected, found = run(model), run(compiled)
+    assert len(found) == len(expected) > 4
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * max(float(b.abs().max()), 1e-6)
+    if mode == "task":
+        set_task(model, "b")
+        with torch.no_grad():
+            other = compiled(ids).logits
+            assert torch.allclose(other, model(ids).logits, atol=1e-5), "another task is another graph"
+            assert not torch.allclose(other, expected[0], atol=1e-3)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -83,6 +84,25 @@ def test_generating_with_a_task_is_that_adapter(made):
     with pytest.raises(RequestError, match="set of task embeddings: say by --task"):
         answers(made / "vectors", *prompts)
     assert answers(made / "soft", *prompts), "a learned mixture answers without a task"
+
+
+def test_generate_and_chat_by_task_on_the_command_line(made, capsys, monkeypatch):
+    plain = ["--max-new-tokens", "6", "--precision", "fp32", "--device", "cpu", "--json"]
+    prompt = "Capitals: oak"
+    for task in TASKS:
+        expected = answers(made / task, prompt)[0]
+        capsys.readouterr()
+        assert main(["generate", str(made / "hard"), "--task", task, "--prompt", prompt, *plain]) == 0
+        assert json.loads(capsys.readouterr().out)["results"] == [{"prompt": prompt, "answer": expected}]
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{prompt}\n/base\n/reset\n{prompt}\n/quit\n"))
+        assert main(["chat", str(made / "hard"), "--task", task, *plain]) == 0
+        said = capsys.readouterr()
+        assert json.loads(said.out)["messages"][0]["content"] == prompt and expected in said.err
+    for command in (["chat", str(made / "hard")], ["generate", str(made / "hard"), "--prompt", prompt]):
+        assert main([*command, *plain]) == 2
+        assert "say by --task which of loud, quiet" in json.loads(capsys.readouterr().out)["error"]["message"]
+        assert main([*command, "--task", "lod", *plain]) == 2
+        assert "did you mean 'loud'" in json.loads(capsys.readouterr().out)["error"]["message"]
 
 
 def test_an_inferred_gate_finds_the_task_of_each_row_and_keeps_it(made):
