@@ -17,6 +17,7 @@ from rankwise import distributed
 from rankwise.errors import RequestError
 from rankwise.evaluate.progress import progress_bar
 from rankwise.evaluate.rounds import rounds
+from rankwise.models.probing import undisturbed
 from rankwise.models.seq2seq import start_token_id
 from rankwise.models.sharding import inside_forward, is_sharded
 
@@ -48,21 +49,16 @@ def generate_answers(
         _begin_as_the_model_does(model, settings)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     own: dict[int, str] = {}
-    was_training = model.training
-    model.eval()
     num_own = len(distributed.dealt(order))
-    try:
-        with torch.no_grad(), contiguous_head(model), progress_bar("generating", num_own, progress) as advance:
-            for chosen in rounds(order, batch_size, model):
-                rows = [prompts[i] for i in chosen or order[-1:]]
-                ids, mask = padded(rows, pad_id, model.device, on_left=not apart)
-                output = _generated(model, ids, mask, settings)
-                begin = 1 if apart else ids.shape[1]  # a decoder of its own begins with its start token
-                for i, row in zip(chosen, output[:, begin:].tolist(), strict=False):
-                    own[i] = answer_text(tokenizer, row, stops)
-                advance(len(chosen))
-    finally:
-        model.train(was_training)
+    with undisturbed(model), contiguous_head(model), progress_bar("generating", num_own, progress) as advance:
+        for chosen in rounds(order, batch_size, model):
+            rows = [prompts[i] for i in chosen or order[-1:]]
+            ids, mask = padded(rows, pad_id, model.device, on_left=not apart)
+            output = _generated(model, ids, mask, settings)
+            begin = 1 if apart else ids.shape[1]  # a decoder of its own begins with its start token
+            for i, row in zip(chosen, output[:, begin:].tolist(), strict=False):
+                own[i] = answer_text(tokenizer, row, stops)
+            advance(len(chosen))
     answers = {i: answer for share in distributed.gathered(own) for i, answer in share.items()}
     return [answers[i] for i in range(len(prompts))]
 

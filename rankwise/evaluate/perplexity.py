@@ -18,6 +18,7 @@ from rankwise.data.example import Example
 from rankwise.errors import RequestError, WorkError
 from rankwise.evaluate.progress import progress_bar
 from rankwise.evaluate.rounds import rounds
+from rankwise.models.probing import undisturbed
 
 
 @runtime_checkable
@@ -114,12 +115,10 @@ def measure_loss(
     total, weight, num_units = 0.0, 0.0, 0
     counting: deque[Tensor | None] = deque()
     sums: dict[str, list[float]] = {}
-    was_training = model.training
     objective.meter.pour({})  # what others left in it
-    model.eval()
     try:
         shares = rounds(order, batch_size, model)
-        with torch.no_grad(), progress_bar("measuring loss", len(distributed.dealt(order)), progress) as advance:
+        with undisturbed(model), progress_bar("measuring loss", len(distributed.dealt(order)), progress) as advance:
             batches = (objective.collate(chunk, pad_id, packing).to(model.device) for chunk in shares if chunk)
             losses_of_each = objective.losses_of(model, _noted(batches, objective, counting))
             for chunk in shares:
@@ -134,7 +133,6 @@ def measure_loss(
                 advance(len(chunk))
             assert next(losses_of_each, None) is None
     finally:
-        model.train(was_training)
         objective.meter.pour(sums)
     sums_of_all = torch.tensor([total, weight, num_units], dtype=torch.float64)
     distributed.all_reduce_sum([sums_of_all])

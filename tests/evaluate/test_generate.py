@@ -50,8 +50,10 @@ def test_own_sampling_settings_of_the_model_do_not_enter(llama, tokenizer):
 
 def test_mode_returns_and_no_hook_stays(llama, tokenizer):
     llama.train()
+    llama.model.layers[0].eval()  # each part has a mode of its own
+    before = [module.training for module in llama.modules()]
     generate_answers(llama, tokenizer, PROMPTS[:1], 2, 1)
-    assert llama.training
+    assert [module.training for module in llama.modules()] == before
     assert not llama.lm_head._forward_pre_hooks
 
 

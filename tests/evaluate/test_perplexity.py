@@ -47,8 +47,11 @@ def test_equals_transformers_own_loss(name, packing):
 
 def test_nothing_is_left_behind(llama):
     llama.train()
+    llama.model.layers[0].eval()  # each part has a mode of its own
+    before = [module.training for module in llama.modules()]
     measure_loss(llama, TOKENS, EXAMPLES, 259, 2, True)
-    assert llama.training and all(parameter.grad is None for parameter in llama.parameters())
+    assert [module.training for module in llama.modules()] == before
+    assert all(parameter.grad is None for parameter in llama.parameters())
 
 
 def test_dropout_is_off():
