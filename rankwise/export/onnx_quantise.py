@@ -30,8 +30,8 @@ DOMAIN = "com.microsoft"
 INT8, INT4, FULL = "int8", "int4", "int8-full"
 MAX_KL = {INT8: 0.02, INT4: 0.5, FULL: 0.1}
 """The largest KL(fp32 || quantised), nats a token on held-out text, that is kept unless asked otherwise."""
-INT8_ARITHMETIC = 4
-"""MatMulNBits' accuracy_level: activations in int8, by blocks."""
+INT8_ARITHMETIC, FP32_ARITHMETIC = 4, 1
+"""MatMulNBits' accuracy_level: activations in int8, by blocks, or as they are."""
 HEAD_KIND, EMBEDDING_KIND = "lm_head", "embedding"
 
 
@@ -170,14 +170,16 @@ def kind_of(weight: str) -> str:
     return parts[-1]
 
 
-def quantise_weights(graph: Graph, linears: Sequence[Linear], bits: int, skip: Sequence[str] = ()) -> None:
+def quantise_weights(
+    graph: Graph, linears: Sequence[Linear], bits: int, skip: Sequence[str] = (), exact: frozenset[str] = frozenset()
+) -> None:
     """Puts MatMulNBits in place of each of `linears`, and a gather of the same numbers in place of an embedding's.
 
-    A head and an embedding stay at 8 bits in a 4-bit model.
+    A head and an embedding stay at 8 bits in a 4-bit model. `exact`: kinds whose activations stay fp32.
     """
     for linear in linears:
         width = 8 if linear.kind == HEAD_KIND else bits
-        _replace_linear(graph, linear, width)
+        _replace_linear(graph, linear, width, FP32_ARITHMETIC if linear.kind in exact else INT8_ARITHMETIC)
     for node in graph.graph.node:
         if node.op_type == "Gather" and node.input[0] not in skip and _is_embedding(graph, node):
             _replace_gather(graph, node)
@@ -204,12 +206,12 @@ def _stored(graph: Graph, weight: str, is_transposed: bool, bits: int) -> tuple[
     return numbers, scales, rows, width
 
 
-def _replace_linear(graph: Graph, linear: Linear, bits: int) -> None:
+def _replace_linear(graph: Graph, linear: Linear, bits: int, level: int) -> None:
     numbers, scales, rows, width = _stored(graph, linear.weight, linear.is_transposed, bits)
     bias = linear.node.input[2] if len(linear.node.input) > 2 else None
     product = graph.node(
         "MatMulNBits", [linear.node.input[0], numbers, scales], None if bias else linear.node.output[0],
-        domain=DOMAIN, K=width, N=rows, bits=bits, block_size=BLOCK, accuracy_level=INT8_ARITHMETIC,
+        domain=DOMAIN, K=width, N=rows, bits=bits, block_size=BLOCK, accuracy_level=level,
     )  # fmt: skip
     added = [graph.node("Add", [product.output[0], bias], linear.node.output[0])] if bias else []
     graph.replace(linear.node, [product, *added])
@@ -288,7 +290,7 @@ def quantise(
 ) -> None:  # fmt: skip
     """Rewrites the graph in `precision`, except layers of the kinds `left_out`, and settles it.
 
-    Those stay fp32, or with `to_plain` false get 8-bit weights. `skip`: names of adapter inputs.
+    Those stay fp32, or with `to_plain` false get 8-bit weights and keep their activations. `skip`: adapter inputs.
     """
     linears = find_linears(graph, skip)
     chosen = [linear for linear in linears if linear.kind not in left_out]
@@ -298,6 +300,6 @@ def quantise(
         by_weight = [
             linear for linear in linears if linear.kind == HEAD_KIND or (linear.kind in left_out and not to_plain)
         ]
-        quantise_weights(graph, by_weight, 8, skip)
+        quantise_weights(graph, by_weight, 8, skip, left_out)
         quantise_arithmetic(graph, [linear for linear in chosen if linear.kind != HEAD_KIND])
     graph.settle()

@@ -67,11 +67,16 @@ def as_logits(output: Tensor, is_logits: bool, problem_type: str | None) -> Tens
     return torch.stack([output[0], torch.zeros_like(output[0])], dim=-1) if problem_type == MULTI else output
 
 
+def by_token_rows(probes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The first tokens of a few probes."""
+    return [list(probe[:BY_TOKEN_TOKENS]) for probe in probes[:BY_TOKEN_ROWS]]
+
+
 def compare_by_token(
     model: PreTrainedModel, export: Export, probes: Sequence[Sequence[int]], adapter: str | None
 ) -> Difference:
     """The first tokens of a few probes, one by one through the export's cache, against torch's whole rows."""
-    short = [list(probe[:BY_TOKEN_TOKENS]) for probe in probes[:BY_TOKEN_ROWS]]
+    short = by_token_rows(probes)
     if isinstance(export, OnnxSeq2Seq):
         stepped = [torch.from_numpy(export.logits(probe, probe, adapter, by_token=True)) for probe in short]
     else:

@@ -47,6 +47,7 @@ from rankwise.export.onnx_seq2seq_graph import export_seq2seq
 from rankwise.export.onnx_slots import AdapterTensors, base_sha256, read_adapter
 from rankwise.export.onnx_verify import (
     Export,
+    by_token_rows,
     compare_by_token,
     onnx_logits,
     onnx_run,
@@ -61,7 +62,7 @@ from rankwise.models.probing import num_positions
 from rankwise.models.quiet import quietly
 from rankwise.models.seq2seq import start_token_id, writes_apart
 from rankwise.recipes.export_job import Job
-from rankwise.recipes.export_onnx_trial import Trial
+from rankwise.recipes.export_onnx_trial import Case, Trial
 from rankwise.recipes.target import Target, open_in, target_head
 from rankwise.train.config import DEFAULT_POOLING
 
@@ -79,10 +80,11 @@ TEMPLATE_FILE = "rendered_with.jinja"
 class _Made:
     """Graphs on disk, and what is known of them."""
 
-    inputs: list[str]
     left_out: frozenset[str]
     trial: Trial | None
     """For quantised graphs: how others are made."""
+    defaults: Mapping[str, np.ndarray]
+    """Of the adapter's inputs."""
 
 
 def write_onnx(job: Job, targets: Mapping[str, Target], precision: str, folder: Path) -> Sequence[Row]:
@@ -92,16 +94,18 @@ def write_onnx(job: Job, targets: Mapping[str, Target], precision: str, folder: 
     """
     opened = open_in(job.target, torch.float32, "fp32")
     model, ids = opened.model, trim_probes(job.probes.ids)
-    adapted = torch_logits(model, ids)
+    adapted: list[Tensor] = []
     adapters: dict[str, AdapterTensors] = {}
     if job.settings["merged"]:
+        adapted = torch_logits(model, ids)
         model = merge_in(model, torch.float32)
     else:
         for name, target in targets.items():
             adapters[name] = read_adapter(_with(model, target), name)
         model = _with(model, None)
     sha256 = base_sha256(dict(model.named_parameters()))
-    made = _write_graphs(job, model, adapters, precision, folder, (ids, adapted))
+    shown = _Shown(job, model, adapters, targets, ids)
+    made = _write_graphs(shown, precision, folder)
     manifest = _write_beside(job, model, adapters, precision, sha256, folder)
     export = (OnnxSeq2Seq if writes_apart(model) else OnnxModel)(folder, torch.get_num_threads())
     graphs = ", ".join(manifest.graphs)
@@ -113,7 +117,7 @@ def write_onnx(job: Job, targets: Mapping[str, Target], precision: str, folder: 
             _with(model, target)
             file = manifest.adapters[name].file
             rows.append(_row(job, model, export, name, file, made, (ids, torch_logits(model, ids))))
-    _check_drift(job, made, rows)
+    _check_drift(shown, made, rows)
     if made.trial is not None:
         shutil.rmtree(folder / PLAIN)
     return rows
@@ -129,34 +133,58 @@ def _with(model: PreTrainedModel, target: Target | None) -> PreTrainedModel:
     return model.eval()
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """The plain model, its adapters by name with their targets, and rows to compare on."""
+
+    job: Job
+    model: PreTrainedModel
+    adapters: Mapping[str, AdapterTensors]
+    targets: Mapping[str, Target]
+    ids: Sequence[Sequence[int]]
+
+    def cases(self, defaults: Mapping[str, np.ndarray]) -> list[Case]:
+        """What the report is going to compare: the graph alone, and with each adapter. Leaves the model plain."""
+        found = [self._case(defaults)]
+        for name, adapter in self.adapters.items():
+            _with(self.model, self.targets[name])
+            found.append(self._case(_arrays(adapter, defaults)))
+        if self.adapters:
+            _with(self.model, None)
+        return found
+
+    def _case(self, adapter: Mapping[str, np.ndarray]) -> Case:
+        short = by_token_rows(self.ids) if self.job.target.needs.task in GENERATES else []
+        return Case(adapter, self.ids, torch_logits(self.model, self.ids), short, torch_logits(self.model, short))
+
+
 # --- the graph -----------------------------------------------------------------------------------------------------
 
 
-def _write_graphs(
-    job: Job, model: PreTrainedModel, adapters: Mapping[str, AdapterTensors], precision: str, folder: Path,
-    probes: tuple[Sequence[Sequence[int]], Sequence[Tensor]],
-) -> _Made:  # fmt: skip
-    """Traces, quantises, gives defaults, writes. `probes`: token ids, and torch's logits with the first adapter."""
-    traced = _traced(job, model, list(adapters.values()), folder)
+def _write_graphs(shown: _Shown, precision: str, folder: Path) -> _Made:
+    """Traces, quantises, gives defaults, writes."""
+    model = shown.model
+    traced = _traced(shown.job, model, list(shown.adapters.values()), folder)
     inputs, defaults = _inputs(traced)
     if precision == "fp32":
         _save_all({file: one.model for file, one in traced.items()}, inputs, defaults, folder)
-        return _Made(inputs, frozenset(), None)
+        return _Made(frozenset(), None, defaults)
     plain = folder / PLAIN
     plain.mkdir()
     for file, one in traced.items():
         save_graph(one.model, plain / file)
         del one.model.graph.initializer[:]
-    first = next(iter(adapters.values()), None)
-    factors = {} if first is None else _arrays(first, defaults)
     start = start_token_id(model) if writes_apart(model) else None
-    trial = Trial(plain, tuple(traced), precision, inputs, probes, factors, start)
-    left_out = leave_out(trial.kinds(), _bound(job, precision), trial.drift) if precision == FULL else frozenset()
+    trial = Trial(plain, tuple(traced), precision, inputs, start, model.config.problem_type)
+    left_out: frozenset[str] = frozenset()
+    if precision == FULL:
+        cases = shown.cases(defaults)
+        left_out = leave_out(trial.kinds(), _bound(shown.job, precision), lambda left: trial.drift(left, cases))
     final = trial.build(left_out)
     for proto in final.values():
         load_external_data_for_model(proto, str(plain))
     _save_all(final, inputs, defaults, folder)
-    return _Made(inputs, left_out, trial)
+    return _Made(left_out, trial, defaults)
 
 
 def _traced(job: Job, model: PreTrainedModel, adapters: Sequence[AdapterTensors], folder: Path) -> dict[str, Traced]:
@@ -182,18 +210,22 @@ def _save_all(
         save_graph(graph, folder / file)
 
 
-def _check_drift(job: Job, made: _Made, rows: Sequence[Row]) -> None:
+def _check_drift(shown: _Shown, made: _Made, rows: Sequence[Row]) -> None:
     """Raises: WorkError for a quantised graph past its bound, naming the kinds of layers that it loses most by."""
     if made.trial is None:
         return
-    precision, bound = made.trial.precision, _bound(job, made.trial.precision)
+    trial, bound = made.trial, _bound(shown.job, made.trial.precision)
     figures = [row.to_dict().get(name) for row in rows for name in ("kl", "by_token_kl")]
     drift = max(figure for figure in figures if figure is not None)
     if not drift <= bound:
+        if shown.adapters:
+            _with(shown.model, None)
+        cases = shown.cases(made.defaults)
+        blamed = blame(trial.kinds(), drift, lambda left: trial.drift_alone(left, cases))
         raise WorkError(
-            f"the graph in {precision} differs from torch by KL {drift:.3g} nats a token, above --max-kl {bound:g}; it "
-            f"loses most by {blame(made.trial.kinds(), drift, made.trial.drift_alone)}; nothing was kept; export "
-            "without --int8 or --int4, or allow more with --max-kl"
+            f"the graph in {trial.precision} differs from torch by KL {drift:.3g} nats a token, above --max-kl "
+            f"{bound:g}; it loses most by {blamed}; nothing was kept; export without --int8 or --int4, or allow more "
+            "with --max-kl"
         )
 
 

@@ -234,6 +234,20 @@ def test_a_kind_that_is_left_out_stays_as_it_was(exported):
     assert set(kept) == {"down_proj"}
 
 
+def test_what_is_left_out_of_int8_arithmetic_keeps_its_activations(exported):
+    model = onnx.load(str(exported.plain), load_external_data=False)
+    skip = exported.traced.adapter_inputs
+    quantise(Graph(model, exported.root), FULL, frozenset({"down_proj"}), to_plain=False, skip=skip)
+    levels = {
+        node.input[1]: next(entry.i for entry in node.attribute if entry.name == "accuracy_level")
+        for node in model.graph.node
+        if node.op_type == "MatMulNBits"
+    }
+    assert {level for weight, level in levels.items() if "down_proj" in weight} == {1}
+    assert {level for weight, level in levels.items() if "down_proj" not in weight} == {4}, "the head"
+    assert sum(node.op_type == "MatMulInteger" for node in model.graph.node) == 6 * (TRACED + 2)
+
+
 # --- adapters that can't be switched -------------------------------------------------------------------------------
 
 

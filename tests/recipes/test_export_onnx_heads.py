@@ -53,3 +53,6 @@ def test_heads_and_hidden_states_are_torchs(kind, tmp_path):
     assert found.shape == tuple(wanted.shape) and np.abs(found - wanted.numpy()).max() < 1e-4
     assert np.abs(model.encode(row) - found).max() > 1e-3, "without the adapter and its head"
     assert (stated.pooling is not None) == (kind == "pairs") and (stated.labels is None) == (kind == "pairs")
+    if kind in ("labels", "pairs"):  # what is compared is no plain row of logits there
+        quantised = export(str(run), str(tmp_path / "q"), "onnx", {"int8": "full", "max_kl": 5.0}, device="cpu")
+        assert all(0 < row["kl"] < 5.0 and row["left_out"] == [] for row in quantised["report"])
