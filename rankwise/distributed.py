@@ -118,14 +118,14 @@ def _number(variable: str, default: int) -> int:
 def join() -> None:
     """Meets the other processes that torchrun started, unless that was done before, or there are none.
 
-    Raises: WorkError when the others can't be reached.
+    Raises: WorkError when the others can't be reached; RequestError for a time of waiting that is none.
     """
     if dist.is_initialized() or launched_processes() == 1:
         return
     has_gpu = torch.cuda.is_available() and local_rank() < torch.cuda.device_count()
     if has_gpu:
         torch.cuda.set_device(local_rank())
-    timeout_s = _number(TIMEOUT_VARIABLE, TIMEOUT_S)
+    timeout_s = _timeout_s()
     timeout = timedelta(seconds=timeout_s)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
@@ -140,6 +140,14 @@ def join() -> None:
             f"process {launched_rank()} of {launched_processes()} could not meet the others at {where}: "
             f"{_line(error)}; start them all with torchrun"
         ) from error
+
+
+def _timeout_s() -> int:
+    """Raises: RequestError for a time that is no whole number of seconds."""
+    text = os.environ.get(TIMEOUT_VARIABLE, "") or str(TIMEOUT_S)
+    if not (text.isascii() and text.isdigit()) or int(text) == 0:
+        raise RequestError(f"{TIMEOUT_VARIABLE} must be a whole number of seconds, not {text!r}; 1800 is the default")
+    return int(text)
 
 
 def _meeting(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:

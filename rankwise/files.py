@@ -106,7 +106,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
         temporary.chmod(0o777 & ~_umask())
         yield temporary
-        for file in sorted(temporary.rglob("*")):
+        for file in [*sorted(temporary.rglob("*")), temporary]:
             _sync(file)
         if target.exists():
             old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
@@ -143,11 +143,27 @@ def copy_into(source: str | os.PathLike[str], target: str | os.PathLike[str]) ->
             shutil.copyfile(file, place)
 
 
+def remove_folder(path: str | os.PathLike[str]) -> None:
+    """Removes a folder: gone at once under its name, so that a kill leaves no half of it that looks like the whole.
+
+    What a disk does not give up at once (files that are open, on NFS) waits under a hidden name for `sweep`.
+
+    Raises: WriteError when it can't be renamed.
+    """
+    target = Path(path)
+    try:
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
+        target.rename(old / "folder")
+    except OSError as error:
+        raise _failed(target, error) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def sweep(folder: str | os.PathLike[str]) -> None:
     """Removes from `folder` what processes that were killed have left half-written there. Nobody may be writing."""
     for leftover in [*Path(folder).glob(".*.tmp"), *Path(folder).glob(".*.old")]:
         if leftover.is_dir():
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # as it was: it stays hidden
         else:
             leftover.unlink()
 

@@ -48,6 +48,14 @@ def _sums() -> list[object]:
     return [tensor.tolist() for tensor in tensors]
 
 
+@pytest.mark.parametrize("text", ["10m", "-5", "0", "1.5", "\u0663"])
+def test_a_time_of_waiting_that_is_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(distributed.TIMEOUT_VARIABLE, text)
+    with pytest.raises(RequestError, match="RANKWISE_TIMEOUT_S must be a whole number of seconds"):
+        distributed.join()
+
+
 def test_two_processes_sum_flat(two_processes: Processes) -> None:
     first, second = two_processes(_sums)
     assert first == second == [[[3.0] * 3] * 2, 10.0, [[2.0] * 3] * 2, [3]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from rankwise.errors import counted
@@ -26,7 +27,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = read_run(args.run_file, args.overrides)
     from rankwise import distributed
     from rankwise.recipes.finetune import train
+    from rankwise.recipes.resume import check_not_moved
 
+    if args.resume and not any(override.startswith("output=") for override in args.overrides):
+        check_not_moved(Path(args.run_file), config.output)
     hint = rank_hint(args.run_file, args.overrides)
     if hint is not None and not args.resume and distributed.launched_rank() == 0:
         to_stderr(hint)

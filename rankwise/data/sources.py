@@ -12,6 +12,7 @@ import lzma
 import os
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,8 @@ def expand(paths: str | Sequence[str], notes: list[str] | None = None) -> list[s
             missing.append(str(error))
     if missing:
         raise RequestError("; ".join(missing))
-    twice = next((file for file in files if files.count(file) > 1), None)
-    if twice is not None:
+    if len(set(files)) < len(files):
+        twice = next(file for file, count in Counter(files).items() if count > 1)
         raise RequestError(f"data file '{twice}' is named twice; name it once")
     return files
 

@@ -42,7 +42,7 @@ from rankwise.train.log import Loggers, ProgressBar, peak_memory_bytes
 from rankwise.train.loggers import LoggedRun, check_installed
 from rankwise.train.loop import Step, fit
 from rankwise.train.objectives import minimised
-from rankwise.train.state import ADAPTER, Checkpoint, checkpoint_folders
+from rankwise.train.state import ADAPTER, Checkpoint, checkpoint_folders, drop_newer
 
 
 def train(
@@ -184,6 +184,8 @@ def _note_end(job: Job, folder: RunFolder, error: RankwiseError) -> None:
 
 
 def _begin(job: Job, folder: RunFolder) -> None:
+    if job.checkpoint is not None:
+        drop_newer(folder.path, job.checkpoint.step)
     folder.begin(job.progress.step, run_yaml(job.run))
     folder.write_status(RUNNING, job.plan.num_steps)
     folder.write_provenance(job.provenance)

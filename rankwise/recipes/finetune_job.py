@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,47 +112,27 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
         hashes = data_hashes(run.data)
         least = _least_precision(run)
     check_same_data(hashes)
-    if data.train.format == TEXT:  # recognised or not: then `generate` on the run's folder goes on with texts
-        run = dataclasses.replace(run, data=dataclasses.replace(run.data, format=TEXT))
-    if run.data.valid is None:  # resolved to a number: the same rows are held out when the run is repeated
-        run = dataclasses.replace(run, data=dataclasses.replace(run.data, **_resolved_split(run, data)))
-    num_rows = data.rows_per_epoch
     # one probe for all: they may find differently
     precision = distributed.from_first(lambda: run_precision(least, device, checkpoint))
-    run = dataclasses.replace(
-        run,
-        model=dataclasses.replace(run.model, device=str(device) if distributed.world_size() == 1 else device.type),
-        train=dataclasses.replace(run.train, precision=precision.name),
-    )
-    if checkpoint is not None and run.ranks.plan is None and (plan := checkpoint.settings.get("ranks.plan")):
-        run = with_measured_plan(run, plan)
+    run = _resolved(run, data, device, precision, checkpoint)
+    num_rows = data.rows_per_epoch
     settings = training_settings(run, hashes)
     if checkpoint is not None:
-        check_settings(checkpoint, settings, say)
-        check_length(checkpoint, run.train, num_rows)
-        check_same_stages(run, as_begun(checkpoint, run.train))
-        check_same_moves(run, as_begun(checkpoint, run.train), num_rows, checkpoint.step)
+        _check_goes_on(checkpoint, run, settings, num_rows, say)
     plan = _plan(run, num_rows)
     model = _model_in_step(run, precision, data, device, say, checkpoint is not None)
     run = with_measured_plan(run, ranks(model))
     settings["ranks.plan"] = run.ranks.plan
     tasks = tasks_of_run(run, model, data, say)
-    order: RowOrder | TaskOrder = (
-        RowOrder(data.shares, run.train.batch_size, run.train.num_rows(num_rows), run.train.seed)
-        if tasks is None
-        else tasks.run.order
-    )
     goes_on = isinstance(run.adapter, StartFrom) and run.train.objective == "dpo"
     if run.train.statistics:
         plan = dataclasses.replace(plan, measure=lambda: norms(adapter_parameters(model)))
     objective = objective_of(run.train, StartingAdapter(model).in_place if goes_on else disabled)
-    packing = run.data.packing is True
-    examples = data.training_examples
-    batches = MicroBatches(objective, examples, order, run.train.micro_rows, data.pad_id, packing, device)
+    batches = _batches(objective, run, data, tasks, device)
     if tasks is not None:
         rehearse(model, objective, batches)  # what is found out about a model, on the plain adapter
         objective = for_tasks(objective, data.tasks, tasks.route)
-        batches = MicroBatches(objective, examples, order, run.train.micro_rows, data.pad_id, packing, device)
+        batches = _batches(objective, run, data, tasks, device)
         begin_tasks(tasks, run, batches, data, checkpoint)
         plan = tasks.run.plan(plan)
     mover = rank_mover(run, model, num_rows)
@@ -182,6 +163,49 @@ def prepare(run: RunConfig, checkpoint: Checkpoint | None, say: Say) -> Job:
     for line in describe_run(run, precision, model, data, plan):
         say(line)
     return job
+
+
+def _resolved(
+    run: RunConfig, data: RunData, device: torch.device, precision: Precision, checkpoint: Checkpoint | None
+) -> RunConfig:
+    """The run with what was found in place of `auto`, so that its file repeats it."""
+    if data.train.format == TEXT:  # recognised or not: then `generate` on the run's folder goes on with texts
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, format=TEXT))
+    if run.data.valid is None:  # resolved to a number: the same rows are held out when the run is repeated
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, **_resolved_split(run, data)))
+    run = dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, device=str(device) if distributed.world_size() == 1 else device.type),
+        train=dataclasses.replace(run.train, precision=precision.name),
+    )
+    if checkpoint is not None and run.ranks.plan is None and (plan := checkpoint.settings.get("ranks.plan")):
+        run = with_measured_plan(run, plan)
+    return run
+
+
+def _check_goes_on(
+    checkpoint: Checkpoint, run: RunConfig, settings: Mapping[str, Any], num_rows: int, say: Say
+) -> None:
+    """Raises: RequestError when the run is not the checkpoint's."""
+    check_settings(checkpoint, settings, say)
+    check_length(checkpoint, run.train, num_rows)
+    begun = as_begun(checkpoint, run.train)
+    check_same_stages(run, begun)
+    check_same_moves(run, begun, num_rows, checkpoint.step)
+
+
+def _batches(
+    objective: Objective, run: RunConfig, data: RunData, tasks: TaskStages | None, device: torch.device
+) -> MicroBatches:
+    """The micro batches of the run's steps, by the rows' order or by the tasks'."""
+    train = run.train
+    order: RowOrder | TaskOrder = (
+        RowOrder(data.shares, train.batch_size, train.num_rows(data.rows_per_epoch), train.seed)
+        if tasks is None
+        else tasks.run.order
+    )
+    packing = run.data.packing is True
+    return MicroBatches(objective, data.training_examples, order, train.micro_rows, data.pad_id, packing, device)
 
 
 def _resolved_split(run: RunConfig, data: RunData) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from rankwise.say import Say
 from rankwise.train.config import AUTO, TrainConfig
 from rankwise.train.optim import learning_rate
 from rankwise.train.precision import Precision, choose_precision
-from rankwise.train.state import Checkpoint, drop_newer, find_checkpoint
+from rankwise.train.state import Checkpoint, checkpoint_folders, find_checkpoint
 
 FREE = (
     "output", "model.trust_remote_code", "data.test", "train.log_every", "train.evaluate_every",
@@ -71,12 +73,22 @@ def usable_checkpoint(folder: RunFolder, say: Say) -> Checkpoint | None:
         say(f"{problem}; using the one before")
     if checkpoint is not None:
         say(f"going on from '{checkpoint.folder}', after step {checkpoint.step}")
-        drop_newer(folder.path, checkpoint.step)
     elif folder.is_finished:
         raise RequestError(f"the run in '{folder.path}' is finished and kept no checkpoint; choose another output")
     else:
         say(f"no checkpoint in '{folder.path}': starting afresh")
     return checkpoint
+
+
+def check_not_moved(run_file: Path, output: str | None) -> None:
+    """Raises: RequestError for the run file of a run's folder that no longer lies where the file says: it was moved."""
+    folder = run_file.absolute().parent
+    if output is None or Path(output).exists() or not checkpoint_folders(folder):
+        return
+    raise RequestError(
+        f"'{run_file}' lies in a run's folder with checkpoints, and its output, '{output}', is not there: the "
+        f"folder was moved; go on with output={shlex.quote(str(folder))}"
+    )
 
 
 def run_precision(name: str, device: torch.device, checkpoint: Checkpoint | None) -> Precision:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from rankwise.errors import RequestError
 
@@ -50,6 +51,6 @@ class Every:
         if self.steps:
             return step % self.steps == 0
         if self.epochs:
-            period = self.epochs * rows_per_epoch
-            return math.floor(step * rows_per_step / period) > math.floor((step - 1) * rows_per_step / period)
+            period = Fraction(str(self.epochs)) * rows_per_epoch  # 0.1 as it was written: as a float it is a bit more
+            return step * rows_per_step // period > (step - 1) * rows_per_step // period
         return False

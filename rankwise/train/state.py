@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from rankwise import distributed
 from rankwise.attach.checkpoint import load_native_state, native_state, save_adapter
 from rankwise.attach.inject import adapter_parameters
 from rankwise.errors import WorkError
-from rankwise.files import replacing_folder, sha256_bytes, sha256_file
+from rankwise.files import remove_folder, replacing_folder, sha256_bytes, sha256_file, sweep
 from rankwise.train.evaluations import Evaluations
 from rankwise.train.loop import Progress
 from rankwise.train.optim import load_optimizer_state
@@ -85,7 +84,7 @@ def save_checkpoint(
         kept = [*folders[-keep:], *(best for path in folders[-keep:] if (best := _best_of(path)) is not None)]
         for old in folders:
             if old not in kept:
-                shutil.rmtree(old)
+                remove_folder(old)
     return Checkpoint(folder, progress, dict(settings))
 
 
@@ -215,10 +214,8 @@ def drop_newer(run_folder: Path, step: int) -> None:
     """Removes checkpoints after `step` (damaged, or there would be a newer one to go on from) and half-written ones."""
     for folder in checkpoint_folders(run_folder):
         if int(folder.name.removeprefix("step-")) > step:
-            shutil.rmtree(folder)
-    root = run_folder / CHECKPOINTS
-    for leftover in [*root.glob(".step-*.tmp"), *root.glob(".step-*.old")]:
-        shutil.rmtree(leftover)
+            remove_folder(folder)
+    sweep(run_folder / CHECKPOINTS)
 
 
 def restore(checkpoint: Checkpoint, model: PreTrainedModel, optimizer: torch.optim.Optimizer, seed: int) -> None:

@@ -8,6 +8,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,30 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
     assert "is damaged (state.safetensors does not match its hash); using the one before" in err
     assert "after step 9" in err and summary["resumed_from"] == 9
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(straight)
+
+
+def test_a_request_that_is_refused_removes_no_checkpoint(files: Path, straight: Path, tmp_path: Path) -> None:
+    """A damaged one is removed when the run goes on from the one before, and not sooner."""
+    shutil.copytree(straight, tmp_path / "out")
+    newest = checkpoint_folders(tmp_path / "out")[-1]
+    (newest / "state.safetensors").write_bytes(b"half")
+    with pytest.raises(RequestError, match=r"train\.lr was 0\.01 when the run began"):
+        train(settings(files, tmp_path / "out", train={"lr": 1e-3}), resume=True, quiet=True)
+    assert checkpoint_folders(tmp_path / "out")[-1] == newest
+
+
+def test_a_folder_that_was_moved_goes_on_where_it_is(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not afresh in the place that it had, which its run file still names."""
+    moved = shutil.copytree(straight, tmp_path / "new place")
+    run = moved / "run.yaml"
+    run.write_text(run.read_text().replace(str(straight), str(tmp_path / "old")))
+    assert main(["train", str(run), "--resume", "--json"]) == 2
+    assert f"the folder was moved; go on with output='{moved}'" in capsys.readouterr().err
+    assert not (tmp_path / "old").exists()
+    assert main(["train", str(run), "--resume", f"output={moved}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["resumed_from"] == 12
 
 
 def test_a_finished_run_is_resumed_to_nothing(files: Path, straight: Path) -> None:

@@ -95,6 +95,11 @@ def test_every_counts_steps() -> None:
         assert [s for s in range(1, 10) if Every.parse(value, "x", 100).due(s, 4, 10)] == [3, 6, 9]
 
 
+def test_every_counts_parts_of_epochs_as_they_are_written() -> None:
+    for text, rows, period in (("0.1 epochs", 30, 3), (".7 epochs", 30, 21), ("0.07 epochs", 100, 7)):
+        assert [s for s in range(1, 64) if Every.parse(text, "x", 100).due(s, 1, rows)] == [*range(period, 64, period)]
+
+
 def test_every_counts_epochs() -> None:
     # 4 rows a step and 10 an epoch: epochs end inside steps 3, 5, 8, 10
     assert [s for s in range(1, 11) if Every.parse("1 epoch", "x", 100).due(s, 4, 10)] == [3, 5, 8, 10]

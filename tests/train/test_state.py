@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from rankwise import files
 from rankwise.attach.inject import adapter_parameters
 from rankwise.errors import WorkError
 from rankwise.train import state
@@ -84,6 +85,18 @@ def test_safetensors_and_json_only_and_readable(tmp_path: Path) -> None:
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     save(tmp_path, steps=(5, 50, 100, 9), keep=2)
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-50", "step-100"]
+
+
+def test_an_older_one_that_the_disk_does_not_give_up_is_gone_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path, ignore_errors=False: None)  # as NFS keeps open files
+    save(tmp_path, steps=(5, 9), keep=1)
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-9"]
+    assert [path.name[:8] for path in (tmp_path / "checkpoints").iterdir() if path.name != "step-9"] == [".step-5."]
+    monkeypatch.undo()
+    drop_newer(tmp_path, 9)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-9"]
 
 
 def test_all_are_kept(tmp_path: Path) -> None:
