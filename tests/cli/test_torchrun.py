@@ -88,13 +88,13 @@ def test_one_result_of_an_evaluation(files: Path, tmp_path: Path) -> None:
     assert found[0] == found[1] and found[0][0]["loss"] > 0
 
 
-@pytest.mark.slow
 def test_commands_for_one_process_say_so(tmp_path: Path) -> None:
     code, out, errors = ended(start("-m", "rankwise", "inspect", str(tmp_path), "--json"))
     assert code == 1 and len(errors) == 1 and "works in one process" in errors[0]
     assert json.loads(out)["error"]["code"] == 2
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_a_restart_goes_on(files: Path, tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED.format(victim=0))

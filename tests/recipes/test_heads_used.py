@@ -16,10 +16,10 @@ from rankwise.cli.main import main
 from rankwise.errors import RequestError
 from rankwise.models.labels import Labels
 from rankwise.recipes.evaluate import EvaluateConfig, evaluate
-from rankwise.recipes.finetune import train
 from tests import tiny
 from tests.processes import Processes
-from tests.train.labelled import KINDS, OBJECTIVE, rows, write
+from tests.recipes.trained import headed_run
+from tests.train.labelled import KINDS, write
 
 METRICS = {"pairs": {"loss", "recall_at_1", "mrr"}}
 HEADED = {"loss", "accuracy", "f1"}
@@ -33,24 +33,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def run(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has learned something; its base, its rows and its output in one folder."""
-    folder = tmp_path_factory.mktemp(kind)
-    tiny.encoder().save_pretrained(folder / "model")
-    tiny.word_tokenizer().save_pretrained(folder / "model")
-    train(
-        {
-            "model": {"name": str(folder / "model"), "device": "cpu"},
-            "adapter": {"r": 4, "lora_alpha": 8},
-            "data": {
-                "train": write(folder / "train.jsonl", rows(kind, 40)),
-                "valid": write(folder / "valid.jsonl", rows(kind, 9, seed=1)),
-                "max_length": 32,
-            },
-            "train": {"objective": OBJECTIVE[kind], "steps": 30, "batch_size": 10, "lr": 1e-2, "precision": "fp32"},
-            "output": str(folder / "run"),
-        },
-        quiet=True,
-    )
-    return folder / "run"
+    return headed_run(tmp_path_factory.mktemp(kind), kind, 40, steps=30)
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, dict[str, Any]]:

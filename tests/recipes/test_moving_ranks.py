@@ -203,9 +203,12 @@ def test_a_nested_run_is_cut_at_no_cost(files: Path, tmp_path: Path) -> None:
             "data": {"packing": False},
             "adapter": {"use_dora": True, "init_lora_weights": "pissa", "use_rslora": True},
         },
-        {"ranks": {"alpha": "scale", "where": "top-5"}, "train": {"precision": "bf16", "optimizer": "adamw-fused"}},
+        {"ranks": {"alpha": "scale", "where": "top-5"}, "train": {"optimizer": "adamw-fused"}},
+        pytest.param(
+            {"ranks": {"alpha": "scale", "where": "top-5"}, "train": {"precision": "bf16"}}, marks=pytest.mark.slow
+        ),
     ],
-    ids=["gradient-checkpointing", "dora-pissa-epochs-saturated", "one-scale-bf16-fused"],
+    ids=["gradient-checkpointing", "dora-pissa-epochs-saturated", "one-scale-fused", "one-scale-bf16"],
 )
 def test_going_on_with_all_that_is_kept_by_parameter(files: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     train(growing(files, tmp_path / "straight", **changes), quiet=True)
@@ -239,13 +242,6 @@ def test_two_processes_grow_as_one(files: Path, tmp_path: Path, two_processes: P
 
 def _train(run: dict[str, Any]) -> None:
     train(run, quiet=True)
-
-
-@pytest.fixture(scope="module")
-def two_processes():
-    processes = Processes(2)
-    yield processes
-    processes.stop()
 
 
 @pytest.mark.parametrize(

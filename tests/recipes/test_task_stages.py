@@ -145,18 +145,14 @@ def _train(run: dict[str, Any]) -> None:
     train(run, quiet=True)
 
 
-def test_two_processes_take_the_stages_as_one(files: Path, tmp_path: Path) -> None:
-    processes = Processes(2)
-    try:
-        quick = {**QUICK, "max_grad_norm": 0, "lr": 5e-3, "steps": 9}
-        tasks = {
-            **PROGRESSIVE,
-            "stages": [{"kind": "single", "steps": 3}, {"kind": "joint", "steps": 3}, {"kind": "shared"}],
-        }
-        train(task_run(files, tmp_path / "one", tasks, **quick), quiet=True)
-        processes(_train, task_run(files, tmp_path / "two", tasks, **quick))
-    finally:
-        processes.stop()
+def test_two_processes_take_the_stages_as_one(files: Path, tmp_path: Path, two_processes: Processes) -> None:
+    quick = {**QUICK, "max_grad_norm": 0, "lr": 5e-3, "steps": 9}
+    tasks = {
+        **PROGRESSIVE,
+        "stages": [{"kind": "single", "steps": 3}, {"kind": "joint", "steps": 3}, {"kind": "shared"}],
+    }
+    train(task_run(files, tmp_path / "one", tasks, **quick), quiet=True)
+    two_processes(_train, task_run(files, tmp_path / "two", tasks, **quick))
     folders = tmp_path / "one", tmp_path / "two"
     losses = [[line["loss"] for line in metrics(folder)] for folder in folders]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

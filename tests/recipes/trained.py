@@ -8,6 +8,7 @@ from typing import Any
 
 from rankwise.recipes.finetune import train
 from tests import tiny
+from tests.train import labelled
 
 WORDS = (
     "amber", "birch", "cedar", "dove", "elm", "fern", "gull", "heron", "iris", "jade", "kite", "lark", "moss", "nest",
@@ -48,6 +49,30 @@ def run_document(root: Path, model: str, **train_settings: Any) -> dict[str, Any
         },
         "output": str(root / "run"),
     }  # fmt: skip
+
+
+def headed_run(root: Path, kind: str, num_rows: int, steps: int) -> Path:
+    """A finished run on rows of a `kind` of `tests.train.labelled`; its base, its rows and its output are in `root`."""
+    tiny.encoder().save_pretrained(root / "model")
+    tiny.word_tokenizer().save_pretrained(root / "model")
+    train(
+        {
+            "model": {"name": str(root / "model"), "device": "cpu"},
+            "adapter": {"r": 4, "lora_alpha": 8},
+            "data": {
+                "train": labelled.write(root / "train.jsonl", labelled.rows(kind, num_rows)),
+                "valid": labelled.write(root / "valid.jsonl", labelled.rows(kind, 9, seed=1)),
+                "max_length": 32,
+            },
+            "train": {
+                "objective": labelled.OBJECTIVE[kind], "steps": steps, "batch_size": 10, "lr": 1e-2,
+                "precision": "fp32",
+            },
+            "output": str(root / "run"),
+        },
+        quiet=True,
+    )  # fmt: skip
+    return root / "run"
 
 
 def figures(result: dict[str, Any]) -> dict[str, float]:
