@@ -220,7 +220,7 @@ def test_what_can_not_be(bench):
     with pytest.raises(RequestError, match="behind needs it before"):
         references = {"by": "behind", "references": dict.fromkeys(ANSWERS, 1.0)}
         run_of_all(bench.work(asked({**joint, "tasks": {"sampling": references}}), NO_CELLS))
-    with pytest.raises(RequestError, match="kind: tasks is for table: tasks"):
+    with pytest.raises(RequestError, match="kind: gate is for table: tasks"):
         open_bench(str(write_suite(bench.folder, "wrong", {**SUITE, "table": "comparison"})))
 
 
