@@ -86,7 +86,8 @@ def test_it_keeps_neither_the_weight_nor_the_output(storage):
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         fused(base, x, A, B)
-    assert sorted(t.numel() for t in kept) == sorted([x.numel(), 50 * 4, A.numel(), B.numel()])
+    once = {t.data_ptr(): t.numel() for t in kept}  # the factors are kept as they are, and as what was computed with
+    assert sorted(once.values()) == sorted([x.numel(), 50 * 4, A.numel(), B.numel()])
 
 
 @storages
