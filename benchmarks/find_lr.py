@@ -28,6 +28,7 @@ from rankwise.recipes.finetune import train
 from rankwise.recipes.finetune_job import prepare
 from rankwise.recipes.run import read_run
 from rankwise.say import silent
+from rankwise.train.interrupt import Interrupted
 from rankwise.train.range_test import pick_below
 
 GRID = [round(10 ** (-4 + half / 2), 8) for half in range(7)]
@@ -78,6 +79,8 @@ def trained(run_file: str, overrides: list[str]) -> dict[str, Any]:
         config = read_run(run_file, [*overrides, *quick])
         try:
             return {"loss": train(config, quiet=True)["best_valid_loss"]}
+        except Interrupted:
+            raise  # stopped from outside: no result
         except WorkError as error:
             return {"loss": None, "error": str(error)}
 
