@@ -185,6 +185,17 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises: RequestError for a file that can't be read, or that holds another thing."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"'{path}' can't be read: {error}") from None
+    if not isinstance(content, dict):
+        raise RequestError(f"'{path}' must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:

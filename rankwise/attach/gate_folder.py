@@ -44,7 +44,7 @@ from rankwise.attach.targets import alpha_in, rank_in
 from rankwise.attach.weights_file import read_weights
 from rankwise.config import build
 from rankwise.errors import RequestError, WorkError
-from rankwise.files import replacing_folder
+from rankwise.files import read_json_object, replacing_folder
 
 Model = TypeVar("Model", bound=nn.Module)
 Path_ = str | os.PathLike[str]
@@ -116,12 +116,7 @@ def is_gate_folder(folder: Path_) -> bool:
 def read_gate_folder(folder: Path_) -> GateFolder:
     """What the folder's `tasks.json` says. Raises: RequestError for one that is not there or can't be."""
     path = Path(folder) / TASKS_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"'{path}' can't be read: {error}") from None
-    if not isinstance(content, dict):
-        raise RequestError(f"'{path}' must hold a JSON object, not {type(content).__name__}")
+    content = read_json_object(path)
     sections = {"gate": GateConfig, "embedding": EmbeddingConfig}
     try:
         for key, section in sections.items():

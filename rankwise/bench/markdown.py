@@ -78,11 +78,7 @@ def comparison_page(page: Page, rows: Sequence[Row], costs: Mapping[str, Costs],
     body = []
     for row in rows:
         cost = costs[row.name]
-        cells = [
-            row.name + (" †" if cost.is_stale else ""), f"{len(row.seeds)}", _count(cost.parameters),
-            _bytes(cost.stored_bytes), _bytes(cost.memory_bytes), _number(cost.cpu_s, "{:,.0f} s"), _flops(cost.flops),
-            cost.rate, _number(row.loss, "{:.4f}"), _interval(row.difference, "{:+.4f}"), _number(row.p, "{:.2g}"),
-        ]  # fmt: skip
+        cells = _costs_and_loss(row, cost)
         if plan.share_of is not None:
             cells.append(_interval(row.share, "{:.1%}"))
         cells.append(_number(row.gap, "{:+.4f}"))
@@ -104,12 +100,7 @@ def several_page(page: Page, rows: Sequence[Row], costs: Mapping[str, Costs], pl
     body, worst_of = [], {one.name: one for one in found.worst}
     for row in rows:
         cost = costs[row.name]
-        cells = [
-            row.name + (" †" if cost.is_stale else ""), f"{len(row.seeds)}", _count(cost.parameters),
-            _bytes(cost.stored_bytes), _bytes(cost.memory_bytes), _number(cost.cpu_s, "{:,.0f} s"), _flops(cost.flops),
-            cost.rate, _number(row.loss, "{:.4f}"), _interval(row.difference, "{:+.4f}"), _number(row.p, "{:.2g}"),
-            _number(row.gap, "{:+.4f}"),
-        ]  # fmt: skip
+        cells = [*_costs_and_loss(row, cost), _number(row.gap, "{:+.4f}")]
         cells += [_number(cost.accuracy, "{:.1%}")] if with_accuracy else []
         body.append([*cells, f"**{row.verdict}**"])
     parts = [*_head(page), _table([*headings, "verdict"], body)]
@@ -119,6 +110,15 @@ def several_page(page: Page, rows: Sequence[Row], costs: Mapping[str, Costs], pl
         parts += ["What the rest of the run changed:", _changes(found.changes)]
     parts += ["\n".join(f"- {text}" for text in found.sentences), *_foot(page)]
     return "\n\n".join(parts) + "\n"
+
+
+def _costs_and_loss(row: Row, cost: Costs) -> list[str]:
+    """The cells that rows of both tables begin with: the method to its p."""
+    return [
+        row.name + (" †" if cost.is_stale else ""), f"{len(row.seeds)}", _count(cost.parameters),
+        _bytes(cost.stored_bytes), _bytes(cost.memory_bytes), _number(cost.cpu_s, "{:,.0f} s"), _flops(cost.flops),
+        cost.rate, _number(row.loss, "{:.4f}"), _interval(row.difference, "{:+.4f}"), _number(row.p, "{:.2g}"),
+    ]  # fmt: skip
 
 
 def _each_task(rows: Sequence[Row], plan: Plan, by_task: Mapping[str, Mapping[str, Row]]) -> str:

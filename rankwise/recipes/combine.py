@@ -14,7 +14,7 @@ from typing import Any
 from rankwise.attach import peft_format
 from rankwise.attach.checkpoint import HEAD_FILE
 from rankwise.errors import RequestError, did_you_mean
-from rankwise.files import obstacle, replacing_folder
+from rankwise.files import check_new_folder, replacing_folder
 from rankwise.recipes.adapter_files import write_adapter
 from rankwise.recipes.combine_layers import Combination, Recipe, combination, off
 from rankwise.recipes.combine_losses import DEFAULT_TRIALS, Bench, Tuned, tuned
@@ -213,7 +213,4 @@ def _check_rank(asked: int | None, most: int) -> None:
 
 
 def _check_out(out: str) -> None:
-    if Path(out).exists():
-        raise RequestError(f"output folder '{out}' exists; choose another, or remove it")
-    if (found := obstacle(out)) is not None:
-        raise RequestError(f"output folder '{out}' can't be made: {found}; choose another")
+    check_new_folder(out)

@@ -8,7 +8,6 @@ the lowest at the end of an earlier stage of the run, or what another run or eva
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from rankwise.attach.checkpoint import load_adapter
 from rankwise.data.loader import load_examples
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.evaluate.answers import check_metrics
+from rankwise.files import read_json_object
 from rankwise.recipes.evaluate import Exam, grade, grade_views, make_exam, measured_objective
 from rankwise.recipes.evaluate_config import EvaluateConfig
 from rankwise.recipes.evaluate_heads import (
@@ -234,7 +234,7 @@ def _over_tasks(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict
 
 def _stages_before(run: Path) -> dict[str, float] | None:
     """The lowest loss of each task at the end of a stage before the last; None for a run of one stage."""
-    summary = _json(run / SUMMARY_FILE) if (run / SUMMARY_FILE).is_file() else {}
+    summary = read_json_object(run / SUMMARY_FILE) if (run / SUMMARY_FILE).is_file() else {}
     stages = (summary.get("tasks") or {}).get("stages") or []
     found: dict[str, float] = {}
     for stage in stages[:-1]:
@@ -249,7 +249,7 @@ def _recorded(path: Path, tasks: Mapping[str, Any]) -> dict[str, float]:
     Raises: RequestError where there are none, or none of one of these tasks.
     """
     file = path / SUMMARY_FILE if path.is_dir() else path
-    document = _json(file)
+    document = read_json_object(file)
     found: dict[str, float] = {}
     recorded = document.get("tasks")
     if isinstance(recorded, Mapping):
@@ -264,13 +264,3 @@ def _recorded(path: Path, tasks: Mapping[str, Any]) -> dict[str, float]:
             "earlier `rankwise evaluate --tasks`"
         )
     return {task: float(found[task]) for task in tasks}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"'{file}' can't be read: {error}") from None
-    if not isinstance(found, dict):
-        raise RequestError(f"'{file}' must hold a JSON object, not {type(found).__name__}")
-    return found

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import RequestError
 from rankwise.export.formats import known_format, need_package, need_space, settled
 from rankwise.export.report import REPORT_FILE, check_bounds
-from rankwise.files import obstacle, replacing_folder, write_json
+from rankwise.files import check_new_folder, replacing_folder, write_json
 from rankwise.recipes.export_gguf import GGUF, GGUF_LORA
 from rankwise.recipes.export_job import Job, Writer
 from rankwise.recipes.export_merged import MERGED
@@ -53,10 +52,7 @@ def export(
     model in torch by more than its bounds (nothing is left on disk).
     """
     chosen = settled(to, settings or {})
-    if Path(out).exists():
-        raise RequestError(f"output folder '{out}' exists; choose another, or remove it")
-    if (found := obstacle(out)) is not None:
-        raise RequestError(f"output folder '{out}' can't be made: {found}; choose another")
+    check_new_folder(out)
     need_package(to)
     with folded(find_adapters(adapter, base, device, task)) as target:
         return _exported(target, out, to, chosen)

@@ -394,3 +394,9 @@ def test_combine_for_people(run, tmp_path, capsys):
 def test_combine_refused(call, run, tmp_path, line, message):
     check_failure(call, 2, message, "combine", run, run, "--out", tmp_path / "out", *line)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["combine", "one", "two"], ["export", "one", "--to", "merged"]])
+def test_a_name_that_no_disk_holds_is_refused_in_one_line(command, capsys):
+    assert main([*command, "--out", "x" * 300]) == 2
+    assert "can't be made" in capsys.readouterr().err

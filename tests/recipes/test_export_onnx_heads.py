@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,36 +9,14 @@ import torch
 from rankwise.export.onnx_folder import read_manifest
 from rankwise.export.onnx_runtime import OnnxModel
 from rankwise.recipes.export import export
-from rankwise.recipes.finetune import train
 from rankwise.recipes.target import find_target, open_target
-from tests import tiny
-from tests.train.labelled import OBJECTIVE, rows, write
-
-
-def trained(folder: Path, kind: str) -> Path:
-    tiny.encoder().save_pretrained(folder / "model")
-    tiny.word_tokenizer().save_pretrained(folder / "model")
-    train(
-        {
-            "model": {"name": str(folder / "model"), "device": "cpu"},
-            "adapter": {"r": 4, "lora_alpha": 8},
-            "data": {
-                "train": write(folder / "train.jsonl", rows(kind, 20)),
-                "valid": write(folder / "valid.jsonl", rows(kind, 9, seed=1)),
-                "max_length": 32,
-            },
-            "train": {"objective": OBJECTIVE[kind], "steps": 8, "batch_size": 10, "lr": 1e-2, "precision": "fp32"},
-            "output": str(folder / "run"),
-        },
-        quiet=True,
-    )
-    return folder / "run"
+from tests.recipes.trained import headed_run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["label", "labels", "tags", "pairs"])
 def test_heads_and_hidden_states_are_torchs(kind, tmp_path):
-    run = trained(tmp_path, kind)
+    run = headed_run(tmp_path, kind, 20, steps=8)
     document = export(str(run), str(tmp_path / "onnx"), "onnx", {}, device="cpu")
     assert all(row["max_abs_diff"] < 1e-3 for row in document["report"])
     model, stated = OnnxModel(tmp_path / "onnx", 1), read_manifest(tmp_path / "onnx")
