@@ -12,11 +12,12 @@ Not here: encoder-decoder models (T5), whose cross attention would have to be pa
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Callable
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from jaxtyping import Float, Int64
@@ -26,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from rankwise.errors import RequestError
+from rankwise.models import blocked
 from rankwise.models.batch import Batch
 from rankwise.models.probing import backbone, takes, undisturbed
 from rankwise.models.quiet import quietly
@@ -39,6 +41,8 @@ SEGMENTED = {"sdpa": "rankwise_segments", "eager": "rankwise_segments_eager"}
 
 _STOCK = {segmented: stock for stock, segmented in SEGMENTED.items()}
 _MODES: WeakKeyDictionary[PreTrainedModel, PackingMode] = WeakKeyDictionary()
+_LOOKED_AT: WeakSet[PreTrainedModel] = WeakSet()
+"""Models of which `prefer_blocks` has decided."""
 
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Relative error of a token's hidden state that rounding explains, by dtype. It must also be under a tenth of the error
@@ -49,6 +53,8 @@ _CUTTABLE = {"full_attention", "sliding_attention"}
 
 _PROBE_ERRORS = (TypeError, ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError)
 """What a model raises when its forward does not know our arguments."""
+
+_log = logging.getLogger(__name__)
 
 _Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -94,9 +100,28 @@ def _check_packed(qkv: tuple[Tensor, Tensor, Tensor], num_tokens: int) -> None:
 def _causal_within(stock: _Attention, module: nn.Module, options: dict[str, Any]) -> int:
     """The length up to which a windowed mask is plainly causal, which sdpa does faster without a mask."""
     window = options.get("sliding_window")
-    if stock is sdpa_attention_forward and isinstance(window, int) and vars(module).get("is_causal") is True:
+    if stock is _sdpa and isinstance(window, int) and vars(module).get("is_causal") is True:
         return window
     return 0
+
+
+def _sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,  # transformers' attention interface: what each family passes on to its attention
+) -> tuple[Tensor, Tensor | None]:
+    """Stock sdpa attention, or the same by blocks where that is faster."""
+    beyond = any(options.get(name) for name in ("dropout", "softcap", "output_attentions"))
+    if beyond or options.get("position_bias") is not None or not blocked.fits(query, key, value, attention_mask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    causal = options.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)  # as sdpa_attention_forward has it
+    causal = bool(causal) and attention_mask is None
+    return blocked.blocked_attention(query, key, value, attention_mask, causal, options.get("scaling")), None
 
 
 def _sdpa_segments(
@@ -106,7 +131,7 @@ def _sdpa_segments(
     value: Tensor,
     attention_mask: Tensor | None,
     segment_lengths: tuple[int, ...] | None = None,
-    **options: Any,  # transformers' attention interface: what each family passes on to its attention
+    **options: Any,  # the same
 ) -> tuple[Tensor, Tensor | None]:
     qkv = query, key, value
     kernel = None if segment_lengths is None else kernel_for(query, value)
@@ -114,7 +139,7 @@ def _sdpa_segments(
     if kernel is not None and segment_lengths is not None and window is not None:
         _check_packed(qkv, sum(segment_lengths))
         return attend(kernel, qkv, list(segment_lengths), options.get("scaling"), window), None
-    return _per_segment(sdpa_attention_forward, module, qkv, attention_mask, segment_lengths, options)
+    return _per_segment(_sdpa, module, qkv, attention_mask, segment_lengths, options)
 
 
 def _eager_segments(
@@ -214,6 +239,7 @@ def forward_inputs(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
     """
     if batch.is_packed:
         return packed_inputs(batch, packing_mode(model), model)
+    prefer_blocks(model)
     inputs: dict[str, Any] = {"input_ids": batch.input_ids}
     if batch.attention_mask is not None:
         inputs["attention_mask"] = batch.attention_mask
@@ -224,6 +250,33 @@ def forward_inputs(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
 
 def _no_cache(model: PreTrainedModel) -> dict[str, Any]:
     return {"use_cache": False} if takes(model, "use_cache") else {}
+
+
+def prefer_blocks(model: PreTrainedModel) -> None:
+    """Lets a bf16 model on a CPU that multiplies bf16 attend by blocks, once proven equal on a small probe.
+
+    Only what goes through stock sdpa attention changes, and only where blocks are faster (`blocked`). No other model is
+    touched.
+    """
+    if model in _LOOKED_AT:
+        return
+    _LOOKED_AT.add(model)
+    able = model.device.type == "cpu" and model.dtype == torch.bfloat16 and blocked.has_bf16_products()
+    if able and not model.config.is_encoder_decoder and _implementation(model) == "sdpa":
+        inside_forward(model, lambda: _switch_if_equal(model))
+
+
+def _switch_if_equal(model: PreTrainedModel) -> None:
+    rows, _ = _probe_batch(model)
+    with undisturbed(model):
+        wanted = [backbone(model)(input_ids=ids)[0] for ids in rows]
+        if not _switch_to_segments(model):
+            return
+        found = [backbone(model)(input_ids=ids)[0] for ids in rows]
+    error = max(_typical_error(row, one) for row, one in zip(found, wanted, strict=True))
+    if not error <= _TOLERANCES[torch.bfloat16]:
+        _log.warning("%s keeps stock attention: by blocks it is off by %.1e", type(model).__name__, error)
+        restore_attention(model)
 
 
 def restore_attention(model: PreTrainedModel) -> None:

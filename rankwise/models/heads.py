@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rankwise.models.attention import prefer_blocks
 from rankwise.models.batch import IGNORED
 from rankwise.models.label_batch import LabelBatch
 from rankwise.models.probing import takes
@@ -28,6 +29,7 @@ MULTI_THRESHOLD = 0.0
 
 def head_logits(model: PreTrainedModel, batch: LabelBatch) -> Float[Tensor, "B ..."]:
     """The head's logits, [B, L] or for tags [B, T, L]; float32 (float64 for float64 models)."""
+    prefer_blocks(model)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if batch.token_type_ids is not None and takes(model, "token_type_ids"):
         inputs["token_type_ids"] = batch.token_type_ids
