@@ -12,6 +12,8 @@ Legend: B rows, h query heads, k key heads, L tokens, d head dimension, e that o
 from __future__ import annotations
 
 import functools
+import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +27,9 @@ BLOCK = 128
 
 SCORES = 1 << 18
 """Scores that are held at a time, 1 MiB of them: what a core's second cache holds. More where one head has more."""
+
+_scratch = threading.local()
+"""Each thread's memory for one block: fresh memory would cost more than what is computed in it."""
 
 LONGEST = 4096
 """Tokens up to which this was faster than flash attention."""
@@ -50,6 +55,15 @@ def fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool
         and (mask is None or _same_for_all_heads(mask, query))
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
     )
+
+
+def _room(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory of this thread for a tensor of `shape`, to be written; the next call with `name` gives the same."""
+    size = math.prod(shape)
+    held = vars(_scratch).get(name)
+    if held is None or len(held) < size:
+        held = vars(_scratch)[name] = torch.empty(max(size, SCORES), dtype=dtype)
+    return held[:size].view(shape)
 
 
 def _same_for_all_heads(mask: Tensor, query: Tensor) -> bool:
@@ -100,7 +114,6 @@ class _Heads:
         self.exact_key = self.key.float()
         self.mask, self.causal = mask, causal
         self.blind = None if mask is None else _blind(mask)
-        self.ahead = torch.full((BLOCK, BLOCK), -torch.inf).triu(1)
 
     def by_key(self, part: Tensor) -> Tensor:
         """[B, h, L, _] as [N, g, L, _]."""
@@ -120,24 +133,37 @@ class _Heads:
         return part[heads, :, queries].flatten(1, 2)
 
     def probabilities(self, rows: Tensor, heads: slice, queries: slice, keys: slice, scale: float) -> Tensor:
-        """Of the block, in float32: [heads, g * queries, keys]."""
-        scores = torch.bmm(rows.float().mul_(scale), self.exact_key[heads, keys].transpose(1, 2))
+        """Of the block, in float32: [heads, g * queries, keys], until the next block's are asked for."""
+        seen = self.exact_key[heads, keys]
+        scores = _room("scores", (*rows.shape[:2], seen.shape[1]), torch.float32)
+        torch.bmm(rows.float().mul_(scale), seen.transpose(1, 2), out=scores)
         by_query = scores.unflatten(1, (self.group, -1))
         if self.causal:
             size = queries.stop - queries.start
-            by_query[..., queries].add_(self.ahead[:size, :size])
+            by_query[..., queries].add_(_ahead(BLOCK)[:size, :size])
         if self.mask is None:
-            return torch.softmax(scores, dim=-1)
+            return torch.softmax(scores, dim=-1, out=scores)
         of_rows = torch.arange(heads.start, heads.start + len(scores)) // self.num_keys
         mask = self.mask[of_rows, :, queries, keys]
         if mask.dtype == torch.bool:
             by_query.masked_fill_(~mask, -torch.inf)
         else:
             by_query.add_(mask)
-        probabilities = torch.softmax(scores, dim=-1)
+        torch.softmax(scores, dim=-1, out=scores)
         if self.blind is not None:
-            probabilities.unflatten(1, (self.group, -1)).masked_fill_(self.blind[of_rows, :, queries], 0.0)
-        return probabilities
+            by_query.masked_fill_(self.blind[of_rows, :, queries], 0.0)
+        return scores
+
+
+@functools.cache
+def _ahead(size: int) -> Tensor:
+    """What is added to scores of a query and a key behind it."""
+    return torch.full((size, size), -torch.inf).triu(1)
+
+
+def _halved(scores: Tensor) -> Tensor:
+    """Rounded to bf16, until the next call."""
+    return _room("rounded", tuple(scores.shape), torch.bfloat16).copy_(scores)
 
 
 def _blind(mask: Tensor) -> Tensor | None:
@@ -161,7 +187,7 @@ class _Blocked(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             for heads, queries, keys in at.blocks():
                 probabilities = at.probabilities(at.rows(at.query, heads, queries), heads, queries, keys, scale)
-                found = torch.bmm(probabilities.to(value.dtype), at.value[heads, keys])
+                found = torch.bmm(_halved(probabilities), at.value[heads, keys])
                 outputs[heads, :, queries] = found.unflatten(1, (at.group, -1))
         return outputs.view(*query.shape[:3], -1).transpose(1, 2).contiguous()
 
@@ -181,10 +207,14 @@ class _Blocked(torch.autograd.Function):
             for heads, queries, keys in at.blocks():
                 rows, of_rows = at.rows(at.query, heads, queries), at.rows(of_outputs, heads, queries)
                 probabilities = at.probabilities(rows, heads, queries, keys, ctx.scale)
-                of_value[heads, keys] += torch.bmm(probabilities.to(value.dtype).transpose(1, 2), of_rows)
-                wanted = torch.bmm(of_rows, at.value[heads, keys].transpose(1, 2)).float()
-                of_scores = torch.ops.aten._softmax_backward_data(wanted, probabilities, -1, torch.float32)
-                of_scores = of_scores.mul_(ctx.scale).to(query.dtype)
+                of_value[heads, keys] += torch.bmm(_halved(probabilities).transpose(1, 2), of_rows)
+                wanted = _room("products", tuple(probabilities.shape), torch.bfloat16)
+                torch.bmm(of_rows, at.value[heads, keys].transpose(1, 2), out=wanted)
+                exactly = _room("of scores", tuple(probabilities.shape), torch.float32).copy_(wanted)
+                torch.ops.aten._softmax_backward_data.out(
+                    exactly, probabilities, -1, torch.float32, grad_input=exactly
+                )  # fmt: skip
+                of_scores = _halved(exactly.mul_(ctx.scale))
                 found = torch.bmm(of_scores, at.key[heads, keys])
                 of_query[heads, :, queries] = found.unflatten(1, (at.group, -1))
                 of_key[heads, keys] += torch.bmm(of_scores.transpose(1, 2), rows)
