@@ -173,6 +173,55 @@ def _blind(mask: Tensor) -> Tensor | None:
     return blind if bool(blind.any()) else None
 
 
+_library = torch.library.Library("rankwise", "DEF")
+_library.define(
+    "blocked_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "blocked_attention", "CPU")
+def _forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """`blocked_attention` as one operation, so that gradient checkpointing can keep its result."""
+    at = _Heads(query, key, value, mask, causal)
+    outputs = value.new_empty(*at.query.shape[:3], value.shape[-1])
+    with torch.autocast("cpu", enabled=False):
+        for heads, queries, keys in at.blocks():
+            probabilities = at.probabilities(at.rows(at.query, heads, queries), heads, queries, keys, scale)
+            found = torch.bmm(_halved(probabilities), at.value[heads, keys])
+            outputs[heads, :, queries] = found.unflatten(1, (at.group, -1))
+    return outputs.view(*query.shape[:3], -1).transpose(1, 2).contiguous()
+
+
+def _backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; of the forward pass nothing was kept but its inputs."""
+    at = _Heads(query, key, value, mask, causal)
+    of_outputs = at.by_key(gradient.transpose(1, 2))
+    of_query = torch.empty_like(at.query, memory_format=torch.contiguous_format)
+    # what is added up over blocks of queries is added up in float32
+    exact = query.dtype if at.length <= BLOCK else torch.float32
+    of_key, of_value = (
+        torch.zeros(part.shape, dtype=exact) for part in (at.key, at.value)
+    )  # fmt: skip
+    with torch.autocast("cpu", enabled=False):
+        for heads, queries, keys in at.blocks():
+            rows, of_rows = at.rows(at.query, heads, queries), at.rows(of_outputs, heads, queries)
+            probabilities = at.probabilities(rows, heads, queries, keys, scale)
+            of_value[heads, keys] += torch.bmm(_halved(probabilities).transpose(1, 2), of_rows)
+            wanted = _room("products", tuple(probabilities.shape), torch.bfloat16)
+            torch.bmm(of_rows, at.value[heads, keys].transpose(1, 2), out=wanted)
+            exactly = _room("of scores", tuple(probabilities.shape), torch.float32).copy_(wanted)
+            torch.ops.aten._softmax_backward_data.out(exactly, probabilities, -1, torch.float32, grad_input=exactly)
+            of_scores = _halved(exactly.mul_(scale))
+            found = torch.bmm(of_scores, at.key[heads, keys])
+            of_query[heads, :, queries] = found.unflatten(1, (at.group, -1))
+            of_key[heads, keys] += torch.bmm(of_scores.transpose(1, 2), rows)
+    return (
+        of_query.view(query.shape), of_key.to(key.dtype).view(key.shape), of_value.to(value.dtype).view(value.shape),
+    )  # fmt: skip
+
+
 class _Blocked(torch.autograd.Function):
     """`blocked_attention`, of which nothing but its inputs is kept."""
 
@@ -182,14 +231,7 @@ class _Blocked(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, mask)
         ctx.causal, ctx.scale = causal, scale
-        at = _Heads(query, key, value, mask, causal)
-        outputs = value.new_empty(*at.query.shape[:3], value.shape[-1])
-        with torch.autocast("cpu", enabled=False):
-            for heads, queries, keys in at.blocks():
-                probabilities = at.probabilities(at.rows(at.query, heads, queries), heads, queries, keys, scale)
-                found = torch.bmm(_halved(probabilities), at.value[heads, keys])
-                outputs[heads, :, queries] = found.unflatten(1, (at.group, -1))
-        return outputs.view(*query.shape[:3], -1).transpose(1, 2).contiguous()
+        return torch.ops.rankwise.blocked_attention(query, key, value, mask, causal, scale)
 
     @staticmethod
     @once_differentiable  # which hides the argument names from the type checker
@@ -197,28 +239,4 @@ class _Blocked(torch.autograd.Function):
         ctx: Any, gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
-        at = _Heads(query, key, value, mask, ctx.causal)
-        of_outputs = at.by_key(gradient.transpose(1, 2))
-        of_query = torch.empty_like(at.query)
-        # what is added up over blocks of queries is added up in float32
-        exact = query.dtype if at.length <= BLOCK else torch.float32
-        of_key, of_value = torch.zeros_like(at.key, dtype=exact), torch.zeros_like(at.value, dtype=exact)
-        with torch.autocast("cpu", enabled=False):
-            for heads, queries, keys in at.blocks():
-                rows, of_rows = at.rows(at.query, heads, queries), at.rows(of_outputs, heads, queries)
-                probabilities = at.probabilities(rows, heads, queries, keys, ctx.scale)
-                of_value[heads, keys] += torch.bmm(_halved(probabilities).transpose(1, 2), of_rows)
-                wanted = _room("products", tuple(probabilities.shape), torch.bfloat16)
-                torch.bmm(of_rows, at.value[heads, keys].transpose(1, 2), out=wanted)
-                exactly = _room("of scores", tuple(probabilities.shape), torch.float32).copy_(wanted)
-                torch.ops.aten._softmax_backward_data.out(
-                    exactly, probabilities, -1, torch.float32, grad_input=exactly
-                )  # fmt: skip
-                of_scores = _halved(exactly.mul_(ctx.scale))
-                found = torch.bmm(of_scores, at.key[heads, keys])
-                of_query[heads, :, queries] = found.unflatten(1, (at.group, -1))
-                of_key[heads, keys] += torch.bmm(of_scores.transpose(1, 2), rows)
-        return (
-            of_query.view_as(query), of_key.to(key.dtype).view_as(key), of_value.to(value.dtype).view_as(value),
-            None, None, None,
-        )  # fmt: skip
+        return (*_backward(gradient, query, key, value, mask, ctx.causal, ctx.scale), None, None, None)

@@ -27,6 +27,7 @@ KEPT = frozenset(
         "aten._scaled_dot_product_cudnn_attention.default",
         "aten._flash_attention_forward.default",
         "aten._efficient_attention_forward.default",
+        "rankwise.blocked_attention.default",  # bf16 on CPUs
         "torch_attn._varlen_attn.default",  # packed rows on CUDA
         "flash_attn._flash_attn_varlen_forward.default",
     }

@@ -7,6 +7,7 @@ import torch
 
 from rankwise.attach.inject import adapter_parameters
 from rankwise.errors import RequestError
+from rankwise.models import blocked
 from rankwise.train import recompute
 from rankwise.train.loop import accumulate
 from rankwise.train.objectives import TOKENS
@@ -80,3 +81,20 @@ def test_attention_is_not_computed_again(packing: bool, monkeypatch: pytest.Monk
     kept = attention_calls(packing)
     monkeypatch.setattr(recompute, "KEPT", frozenset())
     assert kept == attention_calls(packing) - 2 * (8 if packing else 1)
+
+
+def blocked_calls() -> int:
+    """The same of attention by blocks, in bf16."""
+    model = adapted().bfloat16().train()
+    accumulate(model, optimizer_of(model), split(8, True), TOKENS, 1)
+    enable_gradient_checkpointing(model)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        accumulate(model, optimizer_of(model), split(8, True), TOKENS, 1)
+    return {event.key: event.count for event in seen.key_averages()}["rankwise::blocked_attention"]
+
+
+def test_attention_by_blocks_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "has_bf16_products", lambda: True)
+    kept = blocked_calls()
+    monkeypatch.setattr(recompute, "KEPT", frozenset())
+    assert kept == blocked_calls() - 2 * 8
