@@ -239,41 +239,42 @@ def forward_inputs(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
     """
     if batch.is_packed:
         return packed_inputs(batch, packing_mode(model), model)
-    prefer_blocks(model)
     inputs: dict[str, Any] = {"input_ids": batch.input_ids}
     if batch.attention_mask is not None:
         inputs["attention_mask"] = batch.attention_mask
     if batch.position_ids is not None:
         inputs["position_ids"] = batch.position_ids
-    return inputs | _no_cache(model)
+    inputs |= _no_cache(model)
+    prefer_blocks(model, inputs)
+    return inputs
 
 
 def _no_cache(model: PreTrainedModel) -> dict[str, Any]:
     return {"use_cache": False} if takes(model, "use_cache") else {}
 
 
-def prefer_blocks(model: PreTrainedModel) -> None:
-    """Lets a bf16 model on a CPU that multiplies bf16 attend by blocks, once proven equal on a small probe.
+def prefer_blocks(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
+    """Lets a bf16 model on a CPU that multiplies bf16 attend by blocks, once proven equal on its first `inputs`.
 
     Only what goes through stock sdpa attention changes, and only where blocks are faster (`blocked`). No other model is
-    touched.
+    touched. The first batch itself is the probe, since rows may be routed: another number of rows would not fit.
     """
     if model in _LOOKED_AT:
         return
     _LOOKED_AT.add(model)
     able = model.device.type == "cpu" and model.dtype == torch.bfloat16 and blocked.has_bf16_products()
     if able and not model.config.is_encoder_decoder and _implementation(model) == "sdpa":
-        inside_forward(model, lambda: _switch_if_equal(model))
+        inside_forward(model, lambda: _switch_if_equal(model, inputs))
 
 
-def _switch_if_equal(model: PreTrainedModel) -> None:
-    rows, _ = _probe_batch(model)
+def _switch_if_equal(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
+    mask = inputs.get("attention_mask")
+    seen = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
     with undisturbed(model):
-        wanted = [backbone(model)(input_ids=ids)[0] for ids in rows]
+        wanted = backbone(model)(**inputs)[0][seen]
         if not _switch_to_segments(model):
             return
-        found = [backbone(model)(input_ids=ids)[0] for ids in rows]
-    error = max(_typical_error(row, one) for row, one in zip(found, wanted, strict=True))
+        error = _typical_error(backbone(model)(**inputs)[0][seen], wanted)
     if not error <= _TOLERANCES[torch.bfloat16]:
         _log.warning("%s keeps stock attention: by blocks it is off by %.1e", type(model).__name__, error)
         restore_attention(model)
@@ -332,7 +333,7 @@ def _packed_error(model: PreTrainedModel, inputs: dict[str, Any], alone: list[Fl
     return max(_typical_error(part, row) for part, row in zip(parts, alone, strict=True))
 
 
-def _typical_error(found: Float[Tensor, "1 T H"], wanted: Float[Tensor, "1 T H"]) -> float:
+def _typical_error(found: Float[Tensor, "... H"], wanted: Float[Tensor, "... H"]) -> float:
     """Relative error that nine tokens in ten stay under: rounding may send single tokens to another expert."""
     difference = (found.double() - wanted.double()).norm(dim=-1) / wanted.double().norm(dim=-1)
     return float(difference.flatten().quantile(0.9))

@@ -29,8 +29,9 @@ def embed(
     model: PreTrainedModel, input_ids: Int64[Tensor, "M T"], mask: Int64[Tensor, "M T"], pooling: str
 ) -> Float[Tensor, "M H"]:
     """Unit vectors of texts padded on the right; float32 (float64 for float64 models)."""
-    prefer_blocks(model)
-    hidden: Tensor = model(input_ids=input_ids, attention_mask=mask)[0]
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    prefer_blocks(model, inputs)
+    hidden: Tensor = model(**inputs)[0]
     hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
     match pooling:
         case "mean":

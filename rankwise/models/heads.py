@@ -29,10 +29,10 @@ MULTI_THRESHOLD = 0.0
 
 def head_logits(model: PreTrainedModel, batch: LabelBatch) -> Float[Tensor, "B ..."]:
     """The head's logits, [B, L] or for tags [B, T, L]; float32 (float64 for float64 models)."""
-    prefer_blocks(model)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if batch.token_type_ids is not None and takes(model, "token_type_ids"):
         inputs["token_type_ids"] = batch.token_type_ids
+    prefer_blocks(model, inputs)
     logits: Tensor = model(**inputs).logits
     return logits if logits.dtype == torch.float64 else logits.float()
 

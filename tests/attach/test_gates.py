@@ -15,9 +15,13 @@ from rankwise.attach.checkpoint import load_native_state, native_state
 from rankwise.attach.gates import parts_of, set_task, tasks_of, train_parts
 from rankwise.attach.inject import adapter_parameters, ranks
 from rankwise.errors import RequestError
+from rankwise.models import blocked
+from rankwise.models.attention import SEGMENTED
+from rankwise.models.loss import loss_path, token_losses
 from rankwise.train.recompute import enable_gradient_checkpointing
 from tests import tiny
 from tests.attach.gate_cases import TASKS, alone, disturbed, saved_adapters
+from tests.models.batches import padded, rows_of
 
 FAMILIES = {"llama": tiny.llama, "gpt2": tiny.gpt2, "llama-tied": lambda: tiny.llama(tied=True)}
 
@@ -341,3 +345,20 @@ def test_the_native_state_goes_back_in_to_the_last_bit(what, folders):
     set_task(other, given)
     assert torch.equal(logits(other, ids), logits(model, ids))
     assert any("mixture" in name for name in native_state(model))
+
+
+def test_rows_of_several_tasks_in_bf16_go_through_blocks(folders, monkeypatch):
+    """Attention by blocks is proven on the batch itself: another number of rows would not fit its tasks."""
+    monkeypatch.setattr(blocked, "has_bf16_products", lambda: True)
+    rows = rows_of((19, 5, 12))
+    model = rw.attach_gate(tiny.llama().bfloat16(), folders)
+    with rw.on_task(model, "games"):
+        loss_path(model, padded(rows))  # which looks at one row
+    with rw.on_task(model, ["games", "movies", "books"]):
+        together = token_losses(model, padded(rows))
+    assert model.config._attn_implementation == SEGMENTED["sdpa"]
+    for row, task in zip(rows, ("games", "movies", "books"), strict=True):
+        with rw.on_task(model, task):
+            one = token_losses(model, padded([row]))
+        found, together = together[: len(one)], together[len(one) :]
+        torch.testing.assert_close(found, one, rtol=0.02, atol=0.02)

@@ -21,6 +21,7 @@ SHAPES = {  # B, h, k, L, d, e
     "values of another size": (2, 4, 2, 20, 24, 16),
     "one key head": (3, 4, 1, 140, 16, 16),
 }
+SOME = {"input_ids": tiny.token_ids(2, 9)}
 MASKS = ("causal", "none", "window", "padding", "added")
 
 
@@ -223,7 +224,7 @@ def test_packed_rows_are_the_rows_alone(bf16_products, calls):
 def test_models_that_gain_nothing_keep_their_attention(bf16_products):
     for model in (tiny.llama(), tiny.t5().bfloat16(), tiny.CAUSAL_LMS["gemma2"]().bfloat16()):
         before = model.config._attn_implementation
-        prefer_blocks(model)
+        prefer_blocks(model, SOME)
         assert model.config._attn_implementation == before
 
 
@@ -231,25 +232,25 @@ def test_blocks_that_differ_are_noticed(bf16_products, monkeypatch, caplog):
     monkeypatch.setattr(blocked, "blocked_attention", lambda q, *others: torch.randn_like(q.transpose(1, 2)))
     model = tiny.llama().bfloat16()
     with caplog.at_level(logging.WARNING):
-        prefer_blocks(model)
+        prefer_blocks(model, SOME)
     assert model.config._attn_implementation == "sdpa"
     assert "keeps stock attention" in caplog.text
 
 
 def test_packing_works_after_blocks_and_the_other_way_round(bf16_products):
     model = tiny.llama().bfloat16()
-    prefer_blocks(model)
+    prefer_blocks(model, SOME)
     assert model.config._attn_implementation == SEGMENTED["sdpa"]
     assert packing_mode(model) == "segments"
     other = tiny.llama().bfloat16()
     packing_mode(other)
-    prefer_blocks(other)
+    prefer_blocks(other, SOME)
     assert packing_mode(other) == "segments"
 
 
 def test_dropout_and_generation_go_through_stock_attention(bf16_products, calls):
     model = tiny.llama().bfloat16()
-    prefer_blocks(model)
+    prefer_blocks(model, SOME)
     calls.clear()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1
