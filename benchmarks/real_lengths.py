@@ -57,6 +57,7 @@ class Row:
 
     def __init__(self, ids: list[int]) -> None:
         self.input_ids = self.labels = ids
+        self.weights: tuple[()] = ()
 
 
 def ours(size: str, dtype: torch.dtype, batches: list[list[list[int]]], packing: bool) -> Step:

@@ -27,7 +27,7 @@ LEAST_STEPS, MOST_STEPS = 40, 100
 NUM_RESTARTS = 3
 DIVERGED = 0.25
 """A pass ends when its loss is above that of the untrained model by this part of it, at the mean of the last three."""
-PART_OF_LOWEST = 1 / 2
+PART_OF_LOWEST = 1 / 3
 SMOOTHED_OVER = 2.0
 """Standard deviation, in steps, of the Gaussian that the mean curve is smoothed with."""
 NOTICEABLE = 0.005
