@@ -168,7 +168,8 @@ def test_merging_a_chosen_task_or_a_learned_mixture(folders):
     soft = rw.attach_gate(tiny.llama(), folders, GateConfig("soft", per="module"))
     disturbed(soft, 5, 1.0)
     expected = logits(soft, ids)
-    assert close(logits(rw.merge(soft), ids), expected)
+    # so large a disturbance magnifies rounding, by as much as the adapters' random starts decide: 7e-7 to 3e-5
+    assert close(logits(rw.merge(soft), ids), expected, to=1e-4)
 
 
 def test_embeddings_start_as_the_shared_adapter_and_learn_apart(folders):
