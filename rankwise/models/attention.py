@@ -7,6 +7,8 @@ alone and relies on the block-diagonal mask that transformers builds from positi
 of the whole row. Both are checked numerically on the model itself: packed rows must equal each row alone under the
 model's stock attention. Position ids restart in each example either way.
 
+Models in bf16 on a CPU that multiplies it attend by blocks (`blocked`), packed or not, through the same interface.
+
 Not here: encoder-decoder models (T5), whose cross attention would have to be packed too; they train with padded rows.
 """
 

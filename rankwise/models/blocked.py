@@ -62,7 +62,8 @@ def _room(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape)
     held = vars(_scratch).get(name)
     if held is None or len(held) < size:
-        held = vars(_scratch)[name] = torch.empty(max(size, SCORES), dtype=dtype)
+        with torch.inference_mode(mode=False):  # else training could not write to it afterwards
+            held = vars(_scratch)[name] = torch.empty(max(size, SCORES), dtype=dtype)
     return held[:size].view(shape)
 
 
@@ -107,7 +108,7 @@ class _Heads:
     """Query, key and value by key head, [N, g, L, d], [N, L, d], [N, L, e], and the blocks of scores between them."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> None:
-        self.batch, self.num_keys, self.length = key.shape[0], key.shape[1], key.shape[2]
+        self.num_keys, self.length = key.shape[1], key.shape[2]
         self.group = query.shape[1] // self.num_keys
         self.query = self.by_key(query)
         self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
@@ -201,9 +202,7 @@ def _backward(
     of_query = torch.empty_like(at.query, memory_format=torch.contiguous_format)
     # what is added up over blocks of queries is added up in float32
     exact = query.dtype if at.length <= BLOCK else torch.float32
-    of_key, of_value = (
-        torch.zeros(part.shape, dtype=exact) for part in (at.key, at.value)
-    )  # fmt: skip
+    of_key, of_value = (torch.zeros(part.shape, dtype=exact) for part in (at.key, at.value))
     with torch.autocast("cpu", enabled=False):
         for heads, queries, keys in at.blocks():
             rows, of_rows = at.rows(at.query, heads, queries), at.rows(of_outputs, heads, queries)

@@ -85,7 +85,7 @@ def combine(
     config, names, out = config or CombineConfig(), [str(name) for name in adapters], str(out)
     chosen = _weights(method, names, weights)
     recipe = _recipe(method, config)
-    _check_out(out)
+    check_new_folder(out)
     sources = [read_source(name) for name in names]
     check_together(sources, config.base)
     if "rank" in METHODS[method].takes and recipe.rank is None and recipe.energy is None:
@@ -210,7 +210,3 @@ def _check_rank(asked: int | None, most: int) -> None:
         raise RequestError(
             f"--rank {asked} has no effect: the sum has a rank of {most} at most; ask for less, or use --method sum"
         )
-
-
-def _check_out(out: str) -> None:
-    check_new_folder(out)

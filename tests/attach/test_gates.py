@@ -166,10 +166,9 @@ def test_merging_a_chosen_task_or_a_learned_mixture(folders):
         expected = logits(model, ids)
         assert close(logits(rw.merge(model), ids), expected)
     soft = rw.attach_gate(tiny.llama(), folders, GateConfig("soft", per="module"))
-    disturbed(soft, 5, 1.0)
+    disturbed(soft, 5, 0.3)  # by 1.0 rounding alone is 7e-7 to 3e-5, as the adapters' random starts have it
     expected = logits(soft, ids)
-    # so large a disturbance magnifies rounding, by as much as the adapters' random starts decide: 7e-7 to 3e-5
-    assert close(logits(rw.merge(soft), ids), expected, to=1e-4)
+    assert close(logits(rw.merge(soft), ids), expected)
 
 
 def test_embeddings_start_as_the_shared_adapter_and_learn_apart(folders):

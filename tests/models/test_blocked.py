@@ -92,7 +92,8 @@ def test_output_and_gradients_are_those_of_the_formula(shape, kind):
     wanted = with_gradients(lambda q, k, v: formula(q, k, v, mask, causal), inputs)
     for name, one, other in zip(("output", "query", "key", "value"), found, wanted, strict=True):
         assert one.dtype == torch.bfloat16 and one.shape == other.shape
-        assert error(one, other) < 2e-2, name
+        # of five tokens hardly anything is left once what all keys share has been taken off: rounding is seen larger
+        assert error(one, other) < (2e-2 if shape[3] == 5 else 6e-3), name
 
 
 @pytest.mark.parametrize("kind", ["causal", "none"])
@@ -258,3 +259,14 @@ def test_dropout_and_generation_go_through_stock_attention(bf16_products, calls)
     assert not calls
     model.eval().generate(tiny.token_ids(1, 6), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert set(calls) <= {6}, "tokens that are generated have a cache"
+
+
+def test_training_after_inference_mode():
+    """Memory that is kept from call to call must serve both."""
+    vars(blocked._scratch).clear()
+    blocked._ahead.cache_clear()
+    inputs = tensors((1, 2, 2, 20, 16, 16))
+    with torch.inference_mode():
+        blocked_attention(*(part.detach().clone() for part in inputs), None, True, None)
+    found = with_gradients(lambda q, k, v: blocked_attention(q, k, v, None, True, None), inputs)
+    assert error(found[0], formula(*inputs, None, True)) < 6e-3
