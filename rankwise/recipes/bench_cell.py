@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,9 @@ class Trained:
     computing: Computing = contextlib.nullcontext
 
 
+Look = Callable[[Trained], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class PlainJob:
     """A model without adapters, its parameters that are trained, and its batches. `computing`: as in `Trained`."""
@@ -90,14 +94,17 @@ def check_cell(run: RunConfig, kind: str) -> None:
         )
 
 
-def run_cell(run: RunConfig, kind: str, cut: int | None = None, keep: Path | None = None) -> dict[str, Any]:
-    """Trains and measures: `figures`, `losses` and `units` by split, `correct` of classifiers.
+def run_cell(
+    run: RunConfig, kind: str, cut: int | None = None, keep: Path | None = None, look: Look | None = None
+) -> dict[str, Any]:
+    """Trains and measures: `figures`, `losses` and `units` by split, `correct` of classifiers, what `look` gives.
 
     Args:
         run: a run file's, as `check_cell` takes it.
         kind: what is trained, a key of `rankwise.bench.kinds.KINDS` that is of one task.
         cut: the rank that an adapter is cut to before it is measured.
         keep: the folder, which is not there yet, that an adapter is left in; None: it is not kept.
+        look: called with what was trained, after all that decides a loss.
 
     Raises: RequestError as `check_cell`, `prepare` and `convert_rank`; WorkError when training fails.
     """
@@ -105,7 +112,8 @@ def run_cell(run: RunConfig, kind: str, cut: int | None = None, keep: Path | Non
     trained = _adapter(run, cut) if kind == ADAPTER else _plain(run, kind)
     if keep is not None:
         save_adapter(trained.model, keep)
-    return {"figures": _figures(trained), **measured(trained.model, trained.data, run, trained.computing)}
+    found = {"figures": _figures(trained), **measured(trained.model, trained.data, run, trained.computing)}
+    return found | ({} if look is None else look(trained))
 
 
 def _figures(trained: Trained) -> dict[str, Any]:
