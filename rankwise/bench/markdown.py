@@ -18,7 +18,8 @@ NONE_YET = ""
 class Costs:
     """Of a method: means over its cells; None where it has none.
 
-    `rate`: as it is written; `is_stale`: whether results of older code are among them.
+    `rate`: as it is written; `answers`: scores of what was generated, by name; `is_stale`: whether results of older
+    code are among them.
     """
 
     rate: str
@@ -28,6 +29,7 @@ class Costs:
     cpu_s: float | None = None
     flops: float | None = None
     accuracy: float | None = None
+    answers: Mapping[str, float] = field(default_factory=dict)
     is_stale: bool = False
 
 
@@ -75,6 +77,8 @@ def comparison_page(page: Page, rows: Sequence[Row], costs: Mapping[str, Costs],
     headings.append("gap")
     with_accuracy = any(cost.accuracy is not None for cost in costs.values())
     headings += ["accuracy"] if with_accuracy else []
+    scores = list(dict.fromkeys(name for cost in costs.values() for name in cost.answers))
+    headings += scores
     body = []
     for row in rows:
         cost = costs[row.name]
@@ -83,6 +87,7 @@ def comparison_page(page: Page, rows: Sequence[Row], costs: Mapping[str, Costs],
             cells.append(_interval(row.share, "{:.1%}"))
         cells.append(_number(row.gap, "{:+.4f}"))
         cells += [_number(cost.accuracy, "{:.1%}")] if with_accuracy else []
+        cells += [_number(cost.answers.get(name), "{:.1f}") for name in scores]
         body.append([*cells, f"**{row.verdict}**"])
     parts = [*_head(page), _table([*headings, "verdict"], body)]
     if len(plan.tasks) > 1:

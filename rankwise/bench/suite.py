@@ -160,6 +160,30 @@ class Margin:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Of which rows of the table answers are generated and scored, beside the losses.
+
+    Args:
+        methods: their names, each with one cell for each task.
+        seed: theirs; not that on which rates are chosen, or a cell would be trained twice.
+        rows: of each task, the first test rows.
+        max_new_tokens: of an answer.
+    """
+
+    methods: list[str]
+    seed: int
+    rows: int = 60
+    max_new_tokens: int = 96
+
+    def __post_init__(self) -> None:
+        if not self.methods or self.rows < 1 or self.max_new_tokens < 1:
+            raise RequestError(
+                f"methods ({self.methods}) must name one at least, rows ({self.rows}) and max_new_tokens "
+                f"({self.max_new_tokens}) must be above 0"
+            )
+
+
+@dataclass(frozen=True)
 class SuiteFile:
     """A suite's YAML, checked by types; `Suite` is checked by meaning."""
 
@@ -172,6 +196,7 @@ class SuiteFile:
     tuning: dict[str, Any] = field(default_factory=dict)
     margin: dict[str, Any] | None = None
     share_of: dict[str, Any] | None = None
+    answers: dict[str, Any] | None = None
     note: str = ""
 
 
@@ -189,6 +214,7 @@ class Suite:
         tuning: where learning rates are chosen.
         margin: of "no worse"; None: that is never said.
         share_of: the gain of which each row shows its share; None: no such column.
+        answers: whose answers are generated; None: nobody's.
     """
 
     title: str
@@ -200,6 +226,7 @@ class Suite:
     tuning: Tuning
     margin: Margin | None
     share_of: Gain | None
+    answers: Answers | None = None
     note: str = ""
 
     @property
@@ -241,10 +268,13 @@ def suite_from(document: Mapping[str, Any], known_tasks: Sequence[str]) -> Suite
     suite = Suite(
         raw.title, raw.table, tuple(raw.tasks), tuple(range(raw.seeds)), methods, raw.reference,
         build(Tuning, raw.tuning, "tuning"), None if raw.margin is None else build(Margin, raw.margin, "margin"),
-        None if raw.share_of is None else build(Gain, raw.share_of, "share_of"), raw.note,
+        None if raw.share_of is None else build(Gain, raw.share_of, "share_of"),
+        None if raw.answers is None else build(Answers, raw.answers, "answers"), raw.note,
     )  # fmt: skip
     _check(suite, known_tasks)
     _check_methods(suite)
+    if suite.answers is not None:
+        _check_answers(suite, suite.answers)
     return suite
 
 
@@ -285,6 +315,21 @@ def _check(suite: Suite, known_tasks: Sequence[str]) -> None:
             raise RequestError(f"{place}: unknown method '{name}'{did_you_mean(str(name), suite.methods)}")
     if suite.table == SEVERAL and len(suite.tasks) < 2:
         raise RequestError("a table of tasks needs two tasks at least")
+
+
+def _check_answers(suite: Suite, answers: Answers) -> None:
+    if suite.table != COMPARISON:
+        raise RequestError(f"answers has no effect in table: {suite.table}; leave it out")
+    for name in answers.methods:
+        if name not in suite.methods:
+            raise RequestError(f"answers.methods: unknown method '{name}'{did_you_mean(name, suite.methods)}")
+    if answers.seed not in suite.seeds:
+        raise RequestError(f"answers.seed ({answers.seed}) is not one of the suite's seeds, 0 to {suite.seeds[-1]}")
+    if answers.seed == suite.tuning.seed and any(suite.is_tuned(name) for name in answers.methods):
+        raise RequestError(
+            f"answers.seed ({answers.seed}) is that on which rates are chosen, and its cells would be trained twice; "
+            "give another one"
+        )
 
 
 def _check_methods(suite: Suite) -> None:

@@ -16,9 +16,21 @@ from typing import Any
 from rankwise.bench.code_version import CodeVersion, code_version
 from rankwise.bench.kinds import ADAPTER, BASE, OF_ALL, TASKS
 from rankwise.bench.store import Contents, Record, Store
-from rankwise.bench.suite import RATES, Method, Suite, suite_from
+from rankwise.bench.suite import RATES, Answers, Method, Suite, suite_from
 from rankwise.errors import RequestError, did_you_mean
-from rankwise.recipes.bench_cells import ALL, Cell, OfAll, Work, kept_folder, named, run_of, run_of_all, work_of
+from rankwise.recipes.bench_cells import (
+    ALL,
+    ANSWERS,
+    Cell,
+    OfAll,
+    Work,
+    has_new_head,
+    kept_folder,
+    named,
+    run_of,
+    run_of_all,
+    work_of,
+)
 from rankwise.recipes.run import RunConfig, build_run
 from rankwise.recipes.run_yaml import absolute_paths, read_yaml
 
@@ -26,6 +38,9 @@ CELL_MODULE = "rankwise.recipes.bench_cell"
 """What computes a cell: its source, and all that it imports, is the code's version."""
 ALL_MODULE = "rankwise.recipes.bench_of_all"
 """Likewise for a cell on all tasks."""
+ANSWERS_MODULE = "rankwise.recipes.bench_answers"
+"""Likewise for a cell with answers."""
+MODULES = (CELL_MODULE, ALL_MODULE, ANSWERS_MODULE)
 
 DEFAULT_FOLDER = Path("benchmarks") / "quality"
 SUITES, TASKS_FILE, STORE, TABLES, KEPT = "suites", "tasks.yaml", "store.jsonl", "tables", "adapters"
@@ -53,13 +68,13 @@ class Bench:
         return code_version(CELL_MODULE)
 
     @cached_property
-    def code_of_all(self) -> CodeVersion:
-        """Of what computes cells on all tasks, now."""
-        return code_version(ALL_MODULE)
+    def _other_code(self) -> dict[str, CodeVersion]:
+        return {module: code_version(module) for module in MODULES if module != CELL_MODULE}
 
-    def code_for(self, kind: str) -> CodeVersion:
-        """Of what computes cells of this kind, now."""
-        return self.code_of_all if kind in OF_ALL else self.code
+    def code_for(self, settings: Mapping[str, Any]) -> CodeVersion:
+        """Of what computes a cell of these settings, now."""
+        module = module_for(settings)
+        return self.code if module == CELL_MODULE else self._other_code[module]
 
     def cell(self, method: str, task: str, seed: int, lr: float | None) -> Cell:
         """The cell of a method on a task.
@@ -70,8 +85,17 @@ class Bench:
         if key not in self._made:
             asked = self.suite.methods[method]
             run = self._run(run_of(self.tasks[task], asked, seed, lr), f"{method} on {task}")
-            self._made[key] = Cell(method, task, seed, lr, asked.kind, run, asked.cut)
+            answers = self._answers(method, task, seed, run)
+            self._made[key] = Cell(method, task, seed, lr, asked.kind, run, asked.cut, answers=answers)
         return self._made[key]
+
+    def _answers(self, method: str, task: str, seed: int, run: RunConfig) -> Answers | None:
+        asked = self.suite.answers
+        if asked is None or method not in asked.methods or seed != asked.seed:
+            return None
+        if has_new_head(run):
+            raise RequestError(f"answers has no effect: '{task}' trains a classifier, which writes none; leave it out")
+        return asked
 
     @cached_property
     def _made(self) -> dict[tuple[object, ...], Cell]:
@@ -191,19 +215,19 @@ class Bench:
 
     def usable(self, cell: Cell, known: Contents) -> Record | None:
         """The cell's result by this code, or by code that is known to give the same; else a stale one, if accepted."""
-        code = self.code_for(cell.kind).name
+        code = self.code_for(cell.settings).name
         found = known.find(cell.identity, code)
         return known.stale(cell.identity, code) if found is None and self.accepts_stale else found
 
     def is_done(self, cell: Cell, known: Contents) -> bool:
         """Whether the cell has a result that is not stale."""
-        return known.find(cell.identity, self.code_for(cell.kind).name) is not None
+        return known.find(cell.identity, self.code_for(cell.settings).name) is not None
 
     def failed(self, cell: Cell, known: Contents) -> Record | None:
         """The record of a failure by this code, where nothing better is known."""
         if self.is_done(cell, known):
             return None
-        return known.find(cell.identity, self.code_for(cell.kind).name, "failed")
+        return known.find(cell.identity, self.code_for(cell.settings).name, "failed")
 
     def work(self, cell: Cell, known: Contents) -> Work:
         """What a worker does for a cell: adapters that others begin with lie in a folder beside the store."""
@@ -218,6 +242,13 @@ class Bench:
         now = self.code.name
         alike = sorted(old for family, old, new in known.same if family == cell.family and new == now)
         return kept_folder(self.folder / KEPT, cell, [now, *alike])
+
+
+def module_for(settings: Mapping[str, Any]) -> str:
+    """The module that computes a cell of these settings: one of MODULES."""
+    if ANSWERS in settings:
+        return ANSWERS_MODULE
+    return ALL_MODULE if settings["kind"] in OF_ALL else CELL_MODULE
 
 
 def mean_loss(losses: Mapping[str, Sequence[float]], split: str) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.bench.kinds import ADAPTER, BASE, OF_ALL, TASKS
-from rankwise.bench.suite import Method
+from rankwise.bench.suite import Answers, Method
 from rankwise.data.config import DataConfig
 from rankwise.data.sources import content_hash, expand
 from rankwise.errors import RequestError
@@ -28,6 +28,9 @@ ALL = "all"
 """Stands in place of the task in the name of a cell on all tasks."""
 
 SPLITS = ("train", "valid", "test")
+
+ANSWERS = "answers"
+"""A cell's setting, and what its record calls the answers."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Cell:
     cut: int | None = None
     every: OfAll | None = None
     """Of a cell on all tasks."""
+    answers: Answers | None = None
+    """How many test rows are answered, and how long; None: none."""
 
     @property
     def name(self) -> str:
@@ -74,6 +79,8 @@ class Cell:
             found |= _of_all(self.every)
         if self.cut is not None:
             found["cut"] = self.cut
+        if self.answers is not None:
+            found[ANSWERS] = {"rows": self.answers.rows, "max_new_tokens": self.answers.max_new_tokens}
         return found | {"kind": self.kind, "threads": THREADS, "model.name": base_identity(self.run.model.name)}
 
     def _of_run(self) -> dict[str, Any]:
@@ -89,7 +96,7 @@ class Cell:
         if self.kind == BASE:  # nothing is trained: only what is read, and how a new head is drawn, counts
             found = {key: value for key, value in found.items() if not key.startswith("train.")}
             found["train.objective"], found["train.precision"] = self.run.train.objective, self.run.train.precision
-        if self.kind == BASE and not _has_new_head(self.run):
+        if self.kind == BASE and not has_new_head(self.run):
             found.pop("train.seed", None)
         elif self.seed:
             found["train.seed"] = self.seed
@@ -136,7 +143,8 @@ def _digest(settings: Mapping[str, Any]) -> str:
     return sha256_bytes(json.dumps(settings, sort_keys=True).encode())[:16]
 
 
-def _has_new_head(run: RunConfig) -> bool:
+def has_new_head(run: RunConfig) -> bool:
+    """Whether the run trains a classifier, whose head is drawn by its seed."""
     return NEEDS[run.train.objective].task_type in ("SEQ_CLS", "TOKEN_CLS")
 
 
@@ -227,6 +235,7 @@ class Work:
         kind, cut: as of the cell.
         keep: the folder that its adapter is left in, for others; None: it is not kept.
         runs, sources, settings: as in `OfAll`, of a cell on all tasks.
+        answers: as of the cell.
     """
 
     document: Mapping[str, Any]
@@ -236,6 +245,7 @@ class Work:
     runs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sources: Mapping[str, Source] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    answers: Answers | None = None
 
 
 def work_of(cell: Cell, keep: Path | None, kept: Mapping[str, Path]) -> Work:
@@ -245,7 +255,7 @@ def work_of(cell: Cell, keep: Path | None, kept: Mapping[str, Path]) -> Work:
         run_document(cell.run), cell.kind, cell.cut, None if keep is None else str(keep),
         {task: run_document(run) for task, run in every.runs.items()},
         {task: Source(run_document(source.run), str(kept[task])) for task, source in every.sources.items()},
-        every.settings,
+        every.settings, cell.answers,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from rankwise.bench.suite import COMPARISON, RATES, SEVERAL, Margin, Suite
 from rankwise.errors import counted
 from rankwise.files import write_text
 from rankwise.recipes.bench import TABLES, Bench, NotYet, open_bench
-from rankwise.recipes.bench_cells import Cell
+from rankwise.recipes.bench_cells import ANSWERS, Cell
 
 OF_ALL_FACT = (
     "Parameters, stored bytes, CPU and FLOPs are of all tasks together; training the single adapters that a method "
@@ -74,7 +74,7 @@ def _used(bench: Bench, known: Contents) -> Iterator[tuple[Cell, Record]]:
 
 
 def _is_stale(bench: Bench, cell: Cell, known: Contents) -> bool:
-    return known.find(cell.identity, bench.code_for(cell.kind).name) is None
+    return known.find(cell.identity, bench.code_for(cell.settings).name) is None
 
 
 def _num_missing(bench: Bench, known: Contents) -> int:
@@ -214,7 +214,7 @@ def _costs_of_all(bench: Bench, method: str, known: Contents) -> Costs:
         rate, round(total("trainable_parameters")), round(total("adapter_bytes")),
         fmean(one["peak_memory_bytes"] for one in figures), total("cpu_s"),
         total("flops") if all("flops" in one for one in figures) else None,
-        fmean(right) if right else None, any(_is_stale(bench, cell, known) for cell, _ in records),
+        fmean(right) if right else None, is_stale=any(_is_stale(bench, cell, known) for cell, _ in records),
     )  # fmt: skip
 
 
@@ -233,7 +233,7 @@ def _document(row: Row, cost: Costs, plan: Plan) -> dict[str, Any]:
     return {
         "method": row.name, "verdict": row.verdict, "sentence": sentence(row, plan), "seeds": len(row.seeds),
         "loss": row.loss, "p": row.p, "stale": cost.is_stale, "trainable_parameters": cost.parameters,
-        "flops": cost.flops,
+        "flops": cost.flops, "answers": dict(cost.answers),
         "difference": None if difference is None else [difference.mean, difference.low, difference.high],
     }  # fmt: skip
 
@@ -249,13 +249,20 @@ def _costs(bench: Bench, method: str, tasks: Mapping[str, Mapping[int, Record]],
         rate, figures[0]["trainable_parameters"], figures[0]["adapter_bytes"],
         fmean(one["peak_memory_bytes"] for one in figures), fmean(one["cpu_s"] for one in figures),
         fmean(one["flops"] for one in figures) if all("flops" in one for one in figures) else None,
-        float(np.mean(right)) if right else None,
+        float(np.mean(right)) if right else None, _scores(records),
         any(_is_old(bench, record, known) for record in records),
     )  # fmt: skip
 
 
+def _scores(records: Sequence[Record]) -> dict[str, float]:
+    """Means over the tasks whose rows were answered."""
+    found = [record.body[ANSWERS] for record in records if ANSWERS in record.body]
+    names = {"chrf": "chrF", "bleu": "BLEU"}
+    return {shown: fmean(one[name] for one in found) for name, shown in names.items()} if found else {}
+
+
 def _is_old(bench: Bench, record: Record, known: Contents) -> bool:
-    return known.find(record.cell, bench.code_for(record.body["settings"]["kind"]).name) is None
+    return known.find(record.cell, bench.code_for(record.body["settings"]).name) is None
 
 
 def _rate_text(bench: Bench, method: str, known: Contents) -> str:
@@ -300,11 +307,17 @@ def _facts(bench: Bench, known: Contents) -> list[str]:
             f"Each method's learning rate is that of the lowest validation loss on seed {suite.tuning.seed} of "
             f"{', '.join(suite.tuning_tasks)}{_of_all_tuning(suite)}."
         )
+    if suite.answers is not None:
+        facts.append(
+            f"chrF and BLEU: of greedy answers, at most {suite.answers.max_new_tokens} tokens long, to the first "
+            f"{suite.answers.rows} test rows of each task on seed {suite.answers.seed}, for the rows that have them; "
+            "means over tasks, without intervals."
+        )
     if used:
         facts.append(_where(used))
     if stale:
         cell, record = stale[0]
-        changed = known.changed_files(record.code, bench.code_for(cell.kind).files)
+        changed = known.changed_files(record.code, bench.code_for(cell.settings).files)
         facts.append(
             f"† {counted(len(stale), 'cell')} stale: computed by older code that later changes could alter "
             f"({', '.join(changed[:4])}{', ...' if len(changed) > 4 else ''})."

@@ -25,13 +25,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rankwise.bench.kinds import KINDS, OF_ALL
+from rankwise.bench.kinds import OF_ALL
 from rankwise.bench.store import CELL, DONE, FAILED, SAME, Contents, Record
+from rankwise.bench.suite import Answers
 from rankwise.errors import RankwiseError, RequestError, counted
-from rankwise.recipes.bench import ALL_MODULE, CELL_MODULE, Bench, NotYet, mean_loss, open_bench
-from rankwise.recipes.bench_cells import THREADS, Cell, Work
+from rankwise.recipes.bench import MODULES, Bench, NotYet, mean_loss, module_for, open_bench
+from rankwise.recipes.bench_cells import ANSWERS, THREADS, Cell, Work
 from rankwise.recipes.provenance import source_commit, versions
-from rankwise.recipes.run import read_run
+from rankwise.recipes.run import RunConfig, read_run
 from rankwise.say import Say, silent, to_stderr
 from rankwise.train.log import clock
 
@@ -155,7 +156,7 @@ class Runner:
         """Writes down what a worker has found, or why it has not."""
         seconds = time.monotonic() - worker.began
         outcome = outcome_of(worker)
-        line, code = line_of(self.bench, worker.cell, outcome, seconds), self.bench.code_for(worker.cell.kind)
+        line, code = line_of(self.bench, worker.cell, outcome, seconds), self.bench.code_for(worker.cell.settings)
         self.bench.store.append(line, code.name, code.files)
         if outcome["status"] == FAILED:
             self.failed.append(worker.cell)
@@ -197,7 +198,7 @@ def start(cell: Cell, work: Work) -> Worker:
     for name in ONE_THREAD:
         os.environ[name] = str(THREADS)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([CELL_MODULE, ALL_MODULE])
+    context.set_forkserver_preload(list(MODULES))
     ours, results = context.Pipe(duplex=False)
     end, lifeline = context.Pipe(duplex=False)
     process = context.Process(target=compute, args=(results, end, work), daemon=True)
@@ -260,10 +261,23 @@ def _of_one(work: Work) -> dict[str, Any]:
             held.enter_context(FileLock(f"{folder}.lock"))
             keep = None if folder.exists() else folder
         began = time.process_time()
-        outcome = run_cell(run, work.kind, work.cut, keep)
-    outcome["figures"] |= _costs(began)
+
+        def look(trained: Any) -> dict[str, Any]:
+            costs = _costs(began)  # answering is no part of them
+            return {"costs": costs, **_answered(trained, run, work.answers)}
+
+        outcome = run_cell(run, work.kind, work.cut, keep, look)
+    outcome["figures"] |= outcome.pop("costs")
     flops = training_flops(run, work.kind, outcome["figures"], work.cut)
     return _with_flops(outcome, flops)
+
+
+def _answered(trained: Any, run: RunConfig, asked: Answers | None) -> dict[str, Any]:
+    if asked is None:
+        return {}
+    from rankwise.recipes.bench_answers import answered
+
+    return {ANSWERS: answered(trained, run, asked)}
 
 
 def _of_all(work: Work) -> dict[str, Any]:
@@ -302,7 +316,7 @@ def _end_with(end: Connection) -> None:
 def line_of(bench: Bench, cell: Cell, outcome: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """The store's line about a cell."""
     line = {
-        "kind": CELL, "cell": cell.identity, "family": cell.family, "code": bench.code_for(cell.kind).name,
+        "kind": CELL, "cell": cell.identity, "family": cell.family, "code": bench.code_for(cell.settings).name,
         "name": cell.name,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"), "settings": cell.settings,
         "versions": versions(), "commit": source_commit(), "machine": machine(), **outcome,
@@ -350,11 +364,15 @@ def bench_check(name: str, only: Sequence[str] = (), quiet: bool = False) -> dic
 
 def _note_same(bench: Bench, chosen: Sequence[tuple[Cell, Record]], compared: Sequence[Mapping[str, Any]]) -> None:
     """Writes down which methods' results are the same by the code that there is now."""
-    for kinds in ([kind for kind in KINDS if kind not in OF_ALL], OF_ALL):
-        code = bench.code_for(kinds[0])
+    for module in MODULES:
         checked = [
-            (entry, record) for entry, (cell, record) in zip(compared, chosen, strict=True) if cell.kind in kinds
+            (entry, record)
+            for entry, (cell, record) in zip(compared, chosen, strict=True)
+            if module_for(cell.settings) == module
         ]
+        if not checked:
+            continue
+        code = bench.code_for(checked[0][1].body["settings"])
         for old in sorted({record.code for _, record in checked} - {code.name}):
             of_old = [(entry, record) for entry, record in checked if record.code == old]
             differing = {record.family for entry, record in of_old if not entry["exact"]}

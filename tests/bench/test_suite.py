@@ -29,7 +29,7 @@ def test_a_suite_is_read():
         ({"reference": None}, "reference is missing"),
         ({"reference": "lora-r3"}, "reference: unknown method 'lora-r3'; did you mean 'lora-r"),
         ({"margin": {"base": "base", "to": "lora-r4", "share": 2}}, r"margin.share \(2.*\) must be between 0 and 1"),
-        ({"tuning": {"seed": 2}}, r"tuning.seed \(2\) is not one of the suite's seeds, 0 to 1"),
+        ({"tuning": {"seed": 2}}, r"tuning.seed \(2\) is not one of the suite's seeds"),
         ({"tuning": {"tasks": ["other"]}}, "unknown task 'other'"),
         ({"methods": {**METHODS, "a b": METHODS["full"]}}, "not 'a b'"),
         ({"methods": {**METHODS, "x": {"kind": "ful", "lr": 1}}}, "methods.x: unknown kind 'ful'; did you mean 'full'"),
@@ -41,8 +41,19 @@ def test_a_suite_is_read():
         ({"methods": {**METHODS, "x": {"lr": 1.0, "ada": {}}}}, "unknown setting 'methods.x.ada'"),
         ({"methods": {**METHODS, "x": {"lr": "fast"}}}, "methods.x.lr: 'fast' is no method with rates"),
         ({"methods": {**METHODS, "x": 3}}, "methods.x must be a mapping"),
+        ({"answers": {"methods": ["lora-r3"], "seed": 1}}, "answers.methods: unknown method 'lora-r3'; did you mean"),
+        ({"answers": {"methods": ["lora-r4"], "seed": 2}}, r"answers.seed \(2\) is not one of the suite's seeds"),
+        ({"answers": {"methods": ["lora-r4"], "seed": 0}}, r"answers.seed \(0\) is that on which rates are chosen"),
+        ({"answers": {"methods": ["lora-r4"], "seed": 1, "rows": 0}}, r"rows \(0\)"),
+        ({"answers": {"methods": [], "seed": 1}}, "must name one at least"),
+        ({"answers": {"methods": ["lora-r4"]}}, "answers.seed"),
     ],
 )  # fmt: skip
 def test_what_is_refused(changes, message):
     with pytest.raises(RequestError, match=message):
         suite_from({**SUITE, **changes}, ["capitals"])
+
+
+def test_a_table_of_rates_has_no_answers():
+    with pytest.raises(RequestError, match="answers has no effect in table: rates"):
+        suite_from({**RATES, "answers": {"methods": ["full"], "seed": 1}}, ["capitals"])

@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from filelock import FileLock
 
 from rankwise.bench.code_version import CodeVersion
 from rankwise.bench.store import Store
 from rankwise.cli.main import main
+from rankwise.evaluate.answers import score
 from rankwise.recipes.bench import Bench, matches, open_bench
 from tests.bench.suites import METHODS, SUITE, write_bench, write_suite
 
@@ -111,6 +113,36 @@ def test_the_table_of_rates(copy, document):
         "lora-r4": {"0.001", "0.01"}, "full": {"0.01"}
     }  # fmt: skip
     assert result["picture"] is None and "Independence of rank" in Path(result["table"]).read_text()
+
+
+def test_answers_of_headline_rows_stand_beside_their_losses(copy, document):
+    answers = {"methods": ["base", "lora-r4"], "seed": 1, "rows": 3, "max_new_tokens": 4}
+    suite = write_suite(copy, "answers", {**SUITE, "answers": answers})
+    assert document("bench", "run", suite)["run"] == 2  # one of each; the others are those of the suite without answers
+    cells = {(r.body["name"].split("@")[0], "answers" in r.body): r for r in Store(copy / "store.jsonl").read().records}
+    plain, told = (cells["lora-r4/capitals/1", given] for given in (False, True))
+    assert told.losses == plain.losses and told.code != plain.code
+    found = told.body["answers"]
+    references = [json.loads(line)["completion"] for line in (copy.parent / "test.jsonl").read_text().splitlines()[:3]]
+    assert (found["rows"], found["max_new_tokens"], len(found["texts"])) == (3, 4, 3)
+    assert {name: found[name] for name in ("chrf", "bleu")} == score(found["texts"], references, ("chrf", "bleu"))
+    result = document("bench", "report", suite)
+    rows = {row["method"]: row["answers"] for row in result["rows"]}
+    assert rows["lora-r4"] == {"chrF": found["chrf"], "BLEU": found["bleu"]} and set(rows["base"]) == {"chrF", "BLEU"}
+    assert rows["lora-r2"] == rows["full"] == {} and result["missing"] == 0
+    text = Path(result["table"]).read_text()
+    assert "| chrF | BLEU |" in text and "to the first 3 test rows of each task on seed 1" in text
+    assert all(entry["exact"] for entry in document("bench", "check", suite, "--only", "lora-r4/capitals/1")["cells"])
+
+
+def test_classifiers_write_no_answers(tmp_path, capsys):
+    folder = write_bench(tmp_path)
+    tasks = yaml.safe_load((folder / "tasks.yaml").read_text())
+    tasks["capitals"]["train"]["objective"] = "classification"
+    (folder / "tasks.yaml").write_text(yaml.safe_dump(tasks))
+    suite = write_suite(folder, "answers", {**SUITE, "answers": {"methods": ["full"], "seed": 1}})
+    assert main(["bench", "run", str(suite)]) == 2
+    assert "answers has no effect: 'capitals' trains a classifier" in capsys.readouterr().err
 
 
 def test_a_stored_cell_comes_out_the_same_again(bench, document):

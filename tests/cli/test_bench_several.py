@@ -49,7 +49,7 @@ def line_of(bench, cell):
         new = list(ANSWERS)[-1]
         losses[f"{new}/test-before"] = [loss + 0.2 for loss in losses[f"{new}/test"]]
     return {
-        "kind": CELL, "cell": cell.identity, "family": cell.family, "code": bench.code_for(cell.kind).name,
+        "kind": CELL, "cell": cell.identity, "family": cell.family, "code": bench.code_for(cell.settings).name,
         "name": cell.name, "settings": cell.settings, "versions": {"torch": "2"}, "machine": "none", "status": DONE,
         "figures": FIGURES, "losses": losses, "units": {}, "correct": {}, **({"routed": routed} if routed else {}),
     }  # fmt: skip
@@ -63,7 +63,7 @@ def filled(empty, tmp_path):
     for _ in range(2):
         known = bench.store.read()
         for cell in bench.plan(known):
-            code = bench.code_for(cell.kind)
+            code = bench.code_for(cell.settings)
             bench.store.append(line_of(bench, cell), code.name, code.files)
     return bench.folder
 

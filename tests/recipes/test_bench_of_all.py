@@ -173,7 +173,7 @@ def test_the_order_of_tasks_counts(bench):
 def record_of(bench: Bench, cell, valid: float) -> Record:
     losses = {f"{task}/valid": [valid] for task in ANSWERS} if cell.every else {"valid": [valid]}
     body = {"kind": CELL, "losses": losses, "settings": cell.settings}
-    return Record(cell.identity, cell.family, bench.code_for(cell.kind).name, DONE, body)
+    return Record(cell.identity, cell.family, bench.code_for(cell.settings).name, DONE, body)
 
 
 def test_a_rate_that_is_another_methods_and_what_waits_for_it(bench):
