@@ -203,9 +203,9 @@ def _proven_mode(model: PreTrainedModel) -> PackingMode:
             )
         as_one_sample = {"input_ids": packed.input_ids, "attention_mask": torch.ones_like(packed.input_ids)}
         mixed = _packed_error(model, as_one_sample, alone)
-        bound = min(_TOLERANCES.get(alone[0].dtype, 1e-4), mixed / 10)
+        bound = min(rounding(alone[0].dtype), mixed / 10)
         for mode in ("segments", "mask"):
-            if mode == "segments" and not _switch_to_segments(model):
+            if mode == "segments" and not switch_to_segments(model):
                 continue
             try:
                 error = _packed_error(model, packed_inputs(packed, mode, backbone(model)), alone)
@@ -274,9 +274,9 @@ def _switch_if_equal(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
     seen = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
     with undisturbed(model):
         wanted = backbone(model)(**inputs)[0][seen]
-        if not _switch_to_segments(model):
+        if not switch_to_segments(model):
             return
-        error = _typical_error(backbone(model)(**inputs)[0][seen], wanted)
+        error = relative_error(backbone(model)(**inputs)[0][seen], wanted)
     if not error <= _TOLERANCES[torch.bfloat16]:
         _log.warning("%s keeps stock attention: by blocks it is off by %.1e", type(model).__name__, error)
         restore_attention(model)
@@ -294,7 +294,12 @@ def _implementation(model: PreTrainedModel) -> str:
     return str(backbone(model).config._attn_implementation)
 
 
-def _switch_to_segments(model: PreTrainedModel) -> bool:
+def rounding(dtype: torch.dtype) -> float:
+    """The `relative_error` of hidden states that rounding explains."""
+    return _TOLERANCES.get(dtype, 1e-4)
+
+
+def switch_to_segments(model: PreTrainedModel) -> bool:
     """Whether the model's stock attention has a segmented twin, which it now uses."""
     layer_types = vars(model.config.get_text_config()).get("layer_types") or ()
     if not _CUTTABLE.issuperset(layer_types):
@@ -332,10 +337,10 @@ def _packed_error(model: PreTrainedModel, inputs: dict[str, Any], alone: list[Fl
     """How far the rows of a packed forward are from the rows alone, relative, the worse row."""
     hidden = backbone(model)(**inputs)[0]
     parts = hidden.split([row.shape[1] for row in alone], dim=1)
-    return max(_typical_error(part, row) for part, row in zip(parts, alone, strict=True))
+    return max(relative_error(part, row) for part, row in zip(parts, alone, strict=True))
 
 
-def _typical_error(found: Float[Tensor, "... H"], wanted: Float[Tensor, "... H"]) -> float:
+def relative_error(found: Float[Tensor, "... H"], wanted: Float[Tensor, "... H"]) -> float:
     """Relative error that nine tokens in ten stay under: rounding may send single tokens to another expert."""
     difference = (found.double() - wanted.double()).norm(dim=-1) / wanted.double().norm(dim=-1)
     return float(difference.flatten().quantile(0.9))

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankwise.models.attention import prefer_blocks
+from rankwise.models.unpadded import without_padding
 
 
 def embed(
@@ -31,7 +32,10 @@ def embed(
     """Unit vectors of texts padded on the right; float32 (float64 for float64 models)."""
     inputs = {"input_ids": input_ids, "attention_mask": mask}
     prefer_blocks(model, inputs)
-    hidden: Tensor = model(**inputs)[0]
+    return without_padding(model, inputs, lambda: _pooled(model(**inputs)[0], mask, pooling))
+
+
+def _pooled(hidden: Float[Tensor, "M T H"], mask: Int64[Tensor, "M T"], pooling: str) -> Float[Tensor, "M H"]:
     hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
     match pooling:
         case "mean":

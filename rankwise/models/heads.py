@@ -15,6 +15,7 @@ from rankwise.models.attention import prefer_blocks
 from rankwise.models.batch import IGNORED
 from rankwise.models.label_batch import LabelBatch
 from rankwise.models.probing import takes
+from rankwise.models.unpadded import without_padding
 
 
 def set_padding(model: PreTrainedModel, pad_id: int) -> None:
@@ -33,7 +34,7 @@ def head_logits(model: PreTrainedModel, batch: LabelBatch) -> Float[Tensor, "B .
     if batch.token_type_ids is not None and takes(model, "token_type_ids"):
         inputs["token_type_ids"] = batch.token_type_ids
     prefer_blocks(model, inputs)
-    logits: Tensor = model(**inputs).logits
+    logits = without_padding(model, inputs, lambda: model(**inputs).logits, batch.is_tagged)
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
