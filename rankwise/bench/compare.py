@@ -200,3 +200,15 @@ def sentence(row: Row, plan: Plan) -> str:
             why = f"test loss {size}, p = {row.p:.2g} after Holm for {row.name} among the rows of the table"
     word = {BETTER: "better than", NO_WORSE: "no worse than", WORSE: "worse than", UNDECIDED: "undecided against"}
     return f"{row.name} is {word[row.verdict]} {plan.reference}{few}: {why}."
+
+
+def default_sentence(rows: Sequence[Row], setting: str) -> str:
+    """Whether the table justifies another default of a setting than the reference, by rule: a row that is better."""
+    (reference,) = (row.name for row in rows if row.verdict == REFERENCE)
+    better = [row.name for row in rows if row.verdict == BETTER]
+    if better:
+        others = f"one of {', '.join(better)}" if better[1:] else better[0]
+        return f"The default of {setting}: better than {reference}, {others} is justified for tasks like these."
+    open_rows = sum(row.verdict == UNDECIDED for row in rows)
+    rest = f" ({open_rows} undecided)" if open_rows else ""
+    return f"The default of {setting}: no row is better than {reference}{rest}, so none but {reference} is justified."

@@ -42,6 +42,7 @@ class Page:
         facts: a line each, below the note.
         failed: cells that failed, with the reason.
         picture: its file name; None: none was drawn.
+        conclusion: what follows from all rows.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Page:
     facts: Sequence[str]
     failed: Mapping[str, str] = field(default_factory=dict)
     picture: str | None = None
+    conclusion: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def comparison_page(page: Page, rows: Sequence[Row], costs: Mapping[str, Costs],
     parts = [*_head(page), _table([*headings, "verdict"], body)]
     if len(plan.tasks) > 1:
         parts += ["Test loss by task:", _by_task(rows, plan.tasks)]
-    parts += ["\n".join(f"- {sentence(row, plan)}" for row in rows), *_foot(page)]
+    sentences = [*(sentence(row, plan) for row in rows), *([page.conclusion] if page.conclusion else [])]
+    parts += ["\n".join(f"- {text}" for text in sentences), *_foot(page)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -197,6 +197,7 @@ class SuiteFile:
     margin: dict[str, Any] | None = None
     share_of: dict[str, Any] | None = None
     answers: dict[str, Any] | None = None
+    default_of: str | None = None
     note: str = ""
 
 
@@ -215,6 +216,8 @@ class Suite:
         margin: of "no worse"; None: that is never said.
         share_of: the gain of which each row shows its share; None: no such column.
         answers: whose answers are generated; None: nobody's.
+        default_of: the setting whose default the reference stands for: a last sentence says whether the table justifies
+            another; None: no such sentence.
     """
 
     title: str
@@ -227,6 +230,7 @@ class Suite:
     margin: Margin | None
     share_of: Gain | None
     answers: Answers | None = None
+    default_of: str | None = None
     note: str = ""
 
     @property
@@ -269,12 +273,15 @@ def suite_from(document: Mapping[str, Any], known_tasks: Sequence[str]) -> Suite
         raw.title, raw.table, tuple(raw.tasks), tuple(range(raw.seeds)), methods, raw.reference,
         build(Tuning, raw.tuning, "tuning"), None if raw.margin is None else build(Margin, raw.margin, "margin"),
         None if raw.share_of is None else build(Gain, raw.share_of, "share_of"),
-        None if raw.answers is None else build(Answers, raw.answers, "answers"), raw.note,
+        None if raw.answers is None else build(Answers, raw.answers, "answers"), raw.default_of,
+        raw.note,
     )  # fmt: skip
     _check(suite, known_tasks)
     _check_methods(suite)
     if suite.answers is not None:
         _check_answers(suite, suite.answers)
+    if suite.default_of is not None and suite.table != COMPARISON:
+        raise RequestError(f"default_of has no effect in table: {suite.table}; leave it out")
     return suite
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.bench.compare import NO_WORSE, Losses, Plan, Row, compare, margin_of, sentence
+from rankwise.bench.compare import NO_WORSE, Losses, Plan, Row, compare, default_sentence, margin_of, sentence
 from rankwise.bench.kinds import FULL
 from rankwise.bench.markdown import Costs, Page, Several, comparison_page, rates_page, several_page
 from rankwise.bench.picture import Point, draw
@@ -132,9 +132,10 @@ def _comparison(bench: Bench, known: Contents) -> Report:
     points = _points(rows, costs, len(suite.seeds))
     picture = f"{bench.name}.png" if points else None
     facts = [*_facts(bench, known), _margin_fact(gain, margin)]
-    page = Page(suite.title, suite.note, facts, _failed(bench, known), picture)
+    conclusion = "" if suite.default_of is None else default_sentence(rows, suite.default_of)
+    page = Page(suite.title, suite.note, facts, _failed(bench, known), picture, conclusion)
     documents = [_document(row, costs[row.name], plan) for row in rows]
-    sentences = [sentence(row, plan) for row in rows]
+    sentences = [*(sentence(row, plan) for row in rows), *([conclusion] if conclusion else [])]
     return Report(comparison_page(page, rows, costs, plan), documents, sentences, points)
 
 

@@ -12,7 +12,9 @@ from rankwise.bench.compare import (
     UNDECIDED,
     WORSE,
     Plan,
+    Row,
     compare,
+    default_sentence,
     margin_of,
     sentence,
     verdict,
@@ -131,3 +133,16 @@ def test_sentences_follow_from_the_rows(methods):
     assert "undecided against lora" in rows["noisy"] and "holds 0" in rows["noisy"]
     few = {row.name: sentence(row, plan_for(num_seeds=8)) for row in compare(methods, plan_for(num_seeds=8))}
     assert "(after 6 of 8 seeds)" in few["worse"]
+
+
+def test_a_default_is_justified_by_a_better_row_only():
+    rows = [Row("uniform", (0, 1), 2, verdict=REFERENCE), Row("a", (0, 1), 2, verdict=NO_WORSE)]
+    assert default_sentence(rows, "x") == (
+        "The default of x: no row is better than uniform, so none but uniform is justified."
+    )
+    rows += [Row("b", (0, 1), 2, verdict=UNDECIDED), Row("c", (0, 1), 2, verdict=WORSE)]
+    assert "no row is better than uniform (1 undecided)" in default_sentence(rows, "x")
+    rows += [Row("d", (0, 1), 2, verdict=BETTER)]
+    assert default_sentence(rows, "x").endswith("better than uniform, d is justified for tasks like these.")
+    rows += [Row("e", (0, 1), 2, verdict=BETTER)]
+    assert "one of d, e is justified" in default_sentence(rows, "x")

@@ -54,6 +54,7 @@ def test_what_is_refused(changes, message):
         suite_from({**SUITE, **changes}, ["capitals"])
 
 
-def test_a_table_of_rates_has_no_answers():
-    with pytest.raises(RequestError, match="answers has no effect in table: rates"):
-        suite_from({**RATES, "answers": {"methods": ["full"], "seed": 1}}, ["capitals"])
+@pytest.mark.parametrize("setting", [{"answers": {"methods": ["full"], "seed": 1}}, {"default_of": "lr"}])
+def test_a_table_of_rates_has_no_answers_and_no_default(setting):
+    with pytest.raises(RequestError, match=f"{next(iter(setting))} has no effect in table: rates"):
+        suite_from({**RATES, **setting}, ["capitals"])

@@ -117,7 +117,7 @@ def test_the_table_of_rates(copy, document):
 
 def test_answers_of_headline_rows_stand_beside_their_losses(copy, document):
     answers = {"methods": ["base", "lora-r4"], "seed": 1, "rows": 3, "max_new_tokens": 4}
-    suite = write_suite(copy, "answers", {**SUITE, "answers": answers})
+    suite = write_suite(copy, "answers", {**SUITE, "answers": answers, "default_of": "lr"})
     assert document("bench", "run", suite)["run"] == 2  # one of each; the others are those of the suite without answers
     cells = {(r.body["name"].split("@")[0], "answers" in r.body): r for r in Store(copy / "store.jsonl").read().records}
     plain, told = (cells["lora-r4/capitals/1", given] for given in (False, True))
@@ -131,6 +131,7 @@ def test_answers_of_headline_rows_stand_beside_their_losses(copy, document):
     assert rows["lora-r4"] == {"chrF": found["chrf"], "BLEU": found["bleu"]} and set(rows["base"]) == {"chrF", "BLEU"}
     assert rows["lora-r2"] == rows["full"] == {} and result["missing"] == 0
     text = Path(result["table"]).read_text()
+    assert result["sentences"][-1].startswith("The default of lr") and result["sentences"][-1] in text
     assert "| chrF | BLEU |" in text and "to the first 3 test rows of each task on seed 1" in text
     assert all(entry["exact"] for entry in document("bench", "check", suite, "--only", "lora-r4/capitals/1")["cells"])
 
