@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs again; see `recipes.bench_run`."""
-    from rankwise.recipes.bench_run import bench_check
+    from rankwise.recipes.bench_check import bench_check
 
     return bench_check(args.suite, args.only or ())
 

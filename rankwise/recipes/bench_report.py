@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from rankwise.bench.compare import NO_WORSE, Losses, Plan, Row, compare, default_sentence, margin_of, sentence
+from rankwise.bench.compare import Losses, Plan, Row, compare, default_sentence, margin_of, sentence
 from rankwise.bench.kinds import FULL
 from rankwise.bench.markdown import Costs, Page, Several, comparison_page, rates_page, several_page
 from rankwise.bench.picture import Point, draw
 from rankwise.bench.rates import LEAST_SEEDS, RateRow, rate_row, rate_sentences
 from rankwise.bench.several import change_sentence, changes, rows_by_task, tasks_sentence, worst_sentence, worst_tasks
 from rankwise.bench.store import Contents, Record
-from rankwise.bench.suite import COMPARISON, RATES, SEVERAL, Margin, Suite
-from rankwise.errors import counted
+from rankwise.bench.suite import COMPARISON, RATES, SEVERAL, Suite
 from rankwise.files import write_text
 from rankwise.recipes.bench import TABLES, Bench, NotYet, open_bench
-from rankwise.recipes.bench_cells import ANSWERS, Cell
+from rankwise.recipes.bench_cells import ANSWERS
+from rankwise.recipes.bench_facts import facts_of, failed_cells, margin_fact
+from rankwise.recipes.bench_results import found_of, is_stale, losses_of, num_missing, records_of, used_of
 
 OF_ALL_FACT = (
     "Parameters, stored bytes, CPU and FLOPs are of all tasks together; training the single adapters that a method "
     "begins with is not in its own. Methods that take the task of a row are told it; inferred gates are not."
 )
-
-BUSY_LOAD = 2.0
-"""A load average above which times are said to be noisy."""
 
 
 @dataclass(frozen=True)
@@ -56,74 +54,20 @@ def bench_report(name: str, write: bool = True) -> dict[str, Any]:
         if picture is not None:
             draw(report.points, bench.suite.title, picture)
         write_text(path, report.text)
-    used = list(_used(bench, known))
+    used = list(used_of(bench, known))
     return {
         "suite": bench.name, "table": str(path), "picture": None if picture is None else str(picture),
         "rows": report.rows, "sentences": report.sentences,
-        "cells": len(used), "stale": sum(_is_stale(bench, cell, known) for cell, _ in used),
-        "missing": _num_missing(bench, known), "cpu_s": sum(record.figures["cpu_s"] for _, record in used),
+        "cells": len(used), "stale": sum(is_stale(bench, cell, known) for cell, _ in used),
+        "missing": num_missing(bench, known), "cpu_s": sum(record.figures["cpu_s"] for _, record in used),
     }  # fmt: skip
-
-
-def _used(bench: Bench, known: Contents) -> Iterator[tuple[Cell, Record]]:
-    """The suite's cells that have a result."""
-    for cell in bench.plan(known):
-        record = bench.usable(cell, known)
-        if record is not None:
-            yield cell, record
-
-
-def _is_stale(bench: Bench, cell: Cell, known: Contents) -> bool:
-    return known.find(cell.identity, bench.code_for(cell.settings).name) is None
-
-
-def _num_missing(bench: Bench, known: Contents) -> int:
-    suite = bench.suite
-    if suite.table == RATES:
-        wanted = sum(len(method.rates) for method in suite.methods.values()) * len(suite.tasks) * len(suite.seeds)
-        return wanted - sum(1 for _ in _used(bench, known))
-    done = {method: _records(bench, method, known) for method in suite.methods}
-    return sum(suite.num_cells(method) - len(records) for method, records in done.items())
-
-
-def _records(bench: Bench, method: str, known: Contents) -> list[tuple[Cell, Record]]:
-    """Results at the method's chosen rate."""
-    try:
-        rate = bench.chosen_rate(method, known)
-        cells = [cell for seed in bench.suite.seeds for cell in bench.cells_at(method, seed, rate, known)]
-    except NotYet:
-        return []
-    found = [(cell, bench.usable(cell, known)) for cell in cells]
-    return [(cell, record) for cell, record in found if record is not None]
-
-
-def _found(bench: Bench, known: Contents) -> dict[str, dict[str, dict[int, Record]]]:
-    """Results at each method's chosen rate, by task and seed; those of a cell on all tasks, taken apart."""
-    found: dict[str, dict[str, dict[int, Record]]] = {}
-    for method in bench.suite.methods:
-        found[method] = {task: {} for task in bench.suite.tasks}
-        for cell, record in _records(bench, method, known):
-            for task in bench.suite.tasks if cell.every is not None else [cell.task]:
-                found[method][task][cell.seed] = record if cell.every is None else record.of_task(task)
-    return found
-
-
-def _losses(tasks: Mapping[str, Mapping[int, Record]]) -> Losses:
-    splits = {split: None for seeds in tasks.values() for record in seeds.values() for split in record.losses}
-    return {
-        split: {
-            task: {seed: record.losses[split] for seed, record in seeds.items() if split in record.losses}
-            for task, seeds in tasks.items()
-        }
-        for split in splits or ("train", "valid", "test")
-    }
 
 
 def _comparison(bench: Bench, known: Contents) -> Report:
     suite = bench.suite
     assert suite.reference is not None
-    found = _found(bench, known)
-    losses = {method: _losses(tasks) for method, tasks in found.items()}
+    found = found_of(bench, known)
+    losses = {method: losses_of(tasks) for method, tasks in found.items()}
     gain, margin = suite.margin, _margin(suite, losses, suite.tasks)
     share_of = None if suite.share_of is None else (suite.share_of.base, suite.share_of.to)
     plan = Plan(suite.tasks, suite.reference, margin, share_of, len(suite.seeds))
@@ -131,9 +75,9 @@ def _comparison(bench: Bench, known: Contents) -> Report:
     costs = {method: _costs(bench, method, found[method], known) for method in suite.methods}
     points = _points(rows, costs, len(suite.seeds))
     picture = f"{bench.name}.png" if points else None
-    facts = [*_facts(bench, known), _margin_fact(gain, margin)]
+    facts = [*facts_of(bench, known), margin_fact(gain, margin)]
     conclusion = "" if suite.default_of is None else default_sentence(rows, suite.default_of)
-    page = Page(suite.title, suite.note, facts, _failed(bench, known), picture, conclusion)
+    page = Page(suite.title, suite.note, facts, failed_cells(bench, known), picture, conclusion)
     documents = [_document(row, costs[row.name], plan) for row in rows]
     sentences = [*(sentence(row, plan) for row in rows), *([conclusion] if conclusion else [])]
     return Report(comparison_page(page, rows, costs, plan), documents, sentences, points)
@@ -147,8 +91,8 @@ def _margin(suite: Suite, losses: Mapping[str, Losses], tasks: Sequence[str]) ->
 def _several(bench: Bench, known: Contents) -> Report:
     suite = bench.suite
     assert suite.reference is not None
-    found = _found(bench, known)
-    losses = {method: _losses(tasks) for method, tasks in found.items()}
+    found = found_of(bench, known)
+    losses = {method: losses_of(tasks) for method, tasks in found.items()}
     margin = _margin(suite, losses, suite.tasks)
     margins = {task: _margin(suite, losses, [task]) for task in suite.tasks}
     plan = Plan(suite.tasks, suite.reference, margin, None, len(suite.seeds))
@@ -166,8 +110,8 @@ def _several(bench: Bench, known: Contents) -> Report:
     costs = {method: _costs_of_all(bench, method, known) for method in suite.methods}
     points = _points(rows, costs, len(suite.seeds))
     picture = f"{bench.name}.png" if points else None
-    facts = [*_facts(bench, known), _margin_fact(suite.margin, margin), OF_ALL_FACT]
-    page = Page(suite.title, suite.note, facts, _failed(bench, known), picture)
+    facts = [*facts_of(bench, known), margin_fact(suite.margin, margin), OF_ALL_FACT]
+    page = Page(suite.title, suite.note, facts, failed_cells(bench, known), picture)
     documents = [
         _document(row, costs[row.name], plan)
         | {"tasks": {t: by_task[t][row.name].verdict for t in suite.tasks}, "losses": dict(row.by_task or {})}
@@ -192,7 +136,7 @@ def _routed_sentence(method: str, tasks: Mapping[str, Mapping[int, Record]]) -> 
 
 def _costs_of_all(bench: Bench, method: str, known: Contents) -> Costs:
     """Of all tasks together: what cells on one task have is added up."""
-    rate, records = _rate_text(bench, method, known), _records(bench, method, known)
+    rate, records = _rate_text(bench, method, known), records_of(bench, method, known)
     if not records:
         return Costs(rate)
     by_seed: dict[int, list[Record]] = {}
@@ -215,7 +159,7 @@ def _costs_of_all(bench: Bench, method: str, known: Contents) -> Costs:
         rate, round(total("trainable_parameters")), round(total("adapter_bytes")),
         fmean(one["peak_memory_bytes"] for one in figures), total("cpu_s"),
         total("flops") if all("flops" in one for one in figures) else None,
-        fmean(right) if right else None, is_stale=any(_is_stale(bench, cell, known) for cell, _ in records),
+        fmean(right) if right else None, is_stale=any(is_stale(bench, cell, known) for cell, _ in records),
     )  # fmt: skip
 
 
@@ -293,79 +237,11 @@ def _borrowed_rate(bench: Bench, other: str, known: Contents) -> str:
         return f"that of {other}"
 
 
-def _facts(bench: Bench, known: Contents) -> list[str]:
-    suite, used = bench.suite, list(_used(bench, known))
-    stale = [(cell, record) for cell, record in used if _is_stale(bench, cell, known)]
-    minutes = sum(record.figures["cpu_s"] for _, record in used) / 60
-    facts = [
-        f"Tasks: {', '.join(suite.tasks)}, each counting the same. Seeds: {len(suite.seeds)}, the same for every "
-        "method: start, order of rows, new heads.",
-        f"{counted(len(used), 'cell')} of this table are in the store, {_num_missing(bench, known):,} are missing; "
-        f"{minutes:.0f} CPU-minutes of training and measuring.",
-    ]
-    if suite.table != RATES and any(suite.is_tuned(method) for method in suite.methods):
-        facts.append(
-            f"Each method's learning rate is that of the lowest validation loss on seed {suite.tuning.seed} of "
-            f"{', '.join(suite.tuning_tasks)}{_of_all_tuning(suite)}."
-        )
-    if suite.answers is not None:
-        facts.append(
-            f"chrF and BLEU: of greedy answers, at most {suite.answers.max_new_tokens} tokens long, to the first "
-            f"{suite.answers.rows} test rows of each task on seed {suite.answers.seed}, for the rows that have them; "
-            "means over tasks, without intervals."
-        )
-    if used:
-        facts.append(_where(used))
-    if stale:
-        cell, record = stale[0]
-        changed = known.changed_files(record.code, bench.code_for(cell.settings).files)
-        facts.append(
-            f"† {counted(len(stale), 'cell')} stale: computed by older code that later changes could alter "
-            f"({', '.join(changed[:4])}{', ...' if len(changed) > 4 else ''})."
-        )
-    return facts
-
-
-def _of_all_tuning(suite: Suite) -> str:
-    """Where methods on all tasks have grids."""
-    if not any(suite.is_tuned(name) and method.is_of_all for name, method in suite.methods.items()):
-        return ""
-    return "; of methods with cells on all tasks, of their mean over all of them"
-
-
-def _where(used: list[tuple[Cell, Record]]) -> str:
-    records = [record for _, record in used]
-    machines = sorted({record.body["machine"] for record in records})
-    libraries = sorted({" ".join(f"{name} {value}" for name, value in r.body["versions"].items()) for r in records})
-    codes = sorted({record.code for record in records})
-    loads = [record.figures["load_average"] for record in records]
-    text = f"Machine: {'; '.join(machines)}, one thread a cell. {'; '.join(libraries)}. Code {', '.join(codes)}."
-    if max(loads) > BUSY_LOAD:
-        text += (
-            f" CPU-seconds were taken beside other work (load {min(loads):.1f} to {max(loads):.1f}), and are noisy; "
-            "losses do not depend on it."
-        )
-    return text
-
-
-def _margin_fact(gain: Margin | None, margin: float | None) -> str:
-    if gain is None:
-        return f'No margin: "{NO_WORSE}" is never said.'
-    size = "not known before two seeds of both have been run" if margin is None else f"{margin:.4f} nats"
-    rule = f"{gain.share:.0%} of the gain from {gain.base} to {gain.to} on validation rows"
-    return f'Margin of "{NO_WORSE}": {rule}, {size}.'
-
-
-def _failed(bench: Bench, known: Contents) -> dict[str, str]:
-    found = {cell.name: bench.failed(cell, known) for cell in bench.plan(known)}
-    return {name: record.body["reason"] for name, record in found.items() if record is not None}
-
-
 def _rates(bench: Bench, known: Contents) -> Report:
     suite = bench.suite
     rows = [_rate_row(bench, method, known) for method in suite.methods]
     full = next((name for name, method in suite.methods.items() if method.kind == FULL), None)
-    page = Page(suite.title, suite.note, _facts(bench, known), _failed(bench, known))
+    page = Page(suite.title, suite.note, facts_of(bench, known), failed_cells(bench, known))
     documents = [
         {"method": row.name, "best": row.best, "likely": list(row.likely), "losses": dict(row.losses)} for row in rows
     ]

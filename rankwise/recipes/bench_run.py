@@ -7,7 +7,6 @@ works on a store. A worker that fails, or dies, leaves a record of why; the othe
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -26,10 +25,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rankwise.bench.kinds import OF_ALL
-from rankwise.bench.store import CELL, DONE, FAILED, SAME, Contents, Record
+from rankwise.bench.store import CELL, DONE, FAILED, Contents
 from rankwise.bench.suite import Answers
 from rankwise.errors import RankwiseError, RequestError, counted
-from rankwise.recipes.bench import MODULES, Bench, NotYet, mean_loss, module_for, open_bench
+from rankwise.recipes.bench import MODULES, Bench, NotYet, mean_loss, open_bench
 from rankwise.recipes.bench_cells import ANSWERS, THREADS, Cell, Work
 from rankwise.recipes.provenance import source_commit, versions
 from rankwise.recipes.run import RunConfig, read_run
@@ -70,7 +69,7 @@ def bench_run(
     bench = open_bench(name)
     runner = Runner(bench, only, num_workers, retry_failed, limit, silent if quiet else to_stderr)
     began = time.monotonic()
-    with _alone(bench):
+    with alone(bench):
         runner.work()
     known = bench.store.read()
     result: dict[str, Any] = {
@@ -89,7 +88,7 @@ def bench_run(
 
 
 @contextlib.contextmanager
-def _alone(bench: Bench) -> Iterator[None]:
+def alone(bench: Bench) -> Iterator[None]:
     """Holds the store for one runner. Raises: RequestError when another one is at work."""
     path = bench.store.path
     lock = FileLock(f"{path}.runner.lock")
@@ -332,79 +331,3 @@ def machine() -> str:
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
     return f"{name}, {counted(os.cpu_count() or 1, 'core')}"
-
-
-# --- the same again --------------------------------------------------------------------------------------------------
-
-
-def bench_check(name: str, only: Sequence[str] = (), quiet: bool = False) -> dict[str, Any]:
-    """Runs stored cells again and compares every loss, to the last bit: `cells`, a list of `{cell, exact, ...}`.
-
-    Without `only`, the quickest cell of each method. Where the stored result is of older code and all is the same, the
-    store notes that for the method: its results are then no longer stale.
-
-    Raises: RequestError for a suite that can't be read, one that has no finished cells, or a store in use.
-    """
-    bench = dataclasses.replace(open_bench(name), accepts_stale=True)
-    say = silent if quiet else to_stderr
-    with _alone(bench):
-        known = bench.store.read()
-        chosen = _to_check(bench, known, only)
-        if not chosen:
-            raise RequestError(f"no finished cell of '{bench.name}' to run again; run the suite first")
-        compared = [_compared(bench, cell, record, known, say) for cell, record in chosen]
-        _note_same(bench, chosen, compared)
-    result: dict[str, Any] = {"suite": bench.name, "code": bench.code.name, "cells": compared}
-    unlike = [entry["cell"] for entry in compared if not entry["exact"]]
-    if unlike:
-        text = f"{counted(len(unlike), 'cell')} came out otherwise than stored: {', '.join(unlike)}"
-        result["error"] = {"code": 1, "message": text}
-    return result
-
-
-def _note_same(bench: Bench, chosen: Sequence[tuple[Cell, Record]], compared: Sequence[Mapping[str, Any]]) -> None:
-    """Writes down which methods' results are the same by the code that there is now."""
-    for module in MODULES:
-        checked = [
-            (entry, record)
-            for entry, (cell, record) in zip(compared, chosen, strict=True)
-            if module_for(cell.settings) == module
-        ]
-        if not checked:
-            continue
-        code = bench.code_for(checked[0][1].body["settings"])
-        for old in sorted({record.code for _, record in checked} - {code.name}):
-            of_old = [(entry, record) for entry, record in checked if record.code == old]
-            differing = {record.family for entry, record in of_old if not entry["exact"]}
-            families = sorted({record.family for _, record in of_old} - differing)
-            if families:
-                cells = [entry["cell"] for entry, record in of_old if record.family in families]
-                line = {"kind": SAME, "old": old, "new": code.name, "families": families, "cells": cells}
-                bench.store.append(line, code.name, code.files)
-
-
-def _to_check(bench: Bench, known: Contents, only: Sequence[str]) -> list[tuple[Cell, Record]]:
-    found = [(cell, bench.usable(cell, known)) for cell in bench.plan(known, only)]
-    there = [(cell, record) for cell, record in found if record is not None]
-    if only:
-        return there
-    quickest: dict[str, tuple[Cell, Record]] = {}
-    for cell, record in sorted(there, key=lambda pair: pair[1].figures["cpu_s"]):
-        quickest.setdefault(record.family, (cell, record))
-    return list(quickest.values())
-
-
-def _compared(bench: Bench, cell: Cell, record: Record, known: Contents, say: Say) -> dict[str, Any]:
-    outcome = outcome_of(start(cell, bench.work(cell, known)))
-    entry: dict[str, Any] = {"cell": cell.name, "stored_code": record.code}
-    if outcome["status"] == FAILED:
-        entry |= {"exact": False, "reason": outcome["reason"]}
-    else:
-        pairs = [
-            (old, new)
-            for split, losses in record.losses.items()
-            for old, new in zip(losses, outcome["losses"][split], strict=True)
-        ]
-        entry |= {"exact": all(old == new for old, new in pairs), "max_abs_diff": max(abs(o - n) for o, n in pairs)}
-    say(f"{cell.name}: " + ("the same to the last bit" if entry["exact"] else f"differs: {entry}"))
-    return entry
