@@ -202,9 +202,12 @@ def sentence(row: Row, plan: Plan) -> str:
     return f"{row.name} is {word[row.verdict]} {plan.reference}{few}: {why}."
 
 
-def default_sentence(rows: Sequence[Row], setting: str) -> str:
+def default_sentence(rows: Sequence[Row], plan: Plan, setting: str) -> str:
     """Whether the table justifies another default of a setting than the reference, by rule: a row that is better."""
-    (reference,) = (row.name for row in rows if row.verdict == REFERENCE)
+    reference = plan.reference
+    missing = sum(row.num_shared < plan.num_seeds for row in rows)
+    if missing:
+        return f"The default of {setting} is not decided yet: of {missing} rows seeds are missing."
     better = [row.name for row in rows if row.verdict == BETTER]
     if better:
         others = f"one of {', '.join(better)}" if better[1:] else better[0]

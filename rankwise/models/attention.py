@@ -182,7 +182,7 @@ def packing_mode(model: PreTrainedModel) -> PackingMode:
     Raises: RequestError when neither way gives what each row alone gives.
     """
     mode = _MODES.get(model)
-    if mode is not None and (mode == "mask" or _implementation(model) in _STOCK):
+    if mode is not None and (mode == "mask" or is_segmented(model)):
         return mode
     if model.config.is_encoder_decoder:
         raise _refusal(model, "it is an encoder-decoder model")
@@ -203,7 +203,7 @@ def _proven_mode(model: PreTrainedModel) -> PackingMode:
             )
         as_one_sample = {"input_ids": packed.input_ids, "attention_mask": torch.ones_like(packed.input_ids)}
         mixed = _packed_error(model, as_one_sample, alone)
-        bound = min(rounding(alone[0].dtype), mixed / 10)
+        bound = min(rounding(alone[0]), mixed / 10)
         for mode in ("segments", "mask"):
             if mode == "segments" and not switch_to_segments(model):
                 continue
@@ -294,24 +294,41 @@ def _implementation(model: PreTrainedModel) -> str:
     return str(backbone(model).config._attn_implementation)
 
 
-def rounding(dtype: torch.dtype) -> float:
-    """The `relative_error` of hidden states that rounding explains."""
-    return _TOLERANCES.get(dtype, 1e-4)
+def rounding(hidden: Tensor) -> float:
+    """The `relative_error` that rounding explains, of hidden states computed in this context (autocast or not)."""
+    kind = hidden.device.type
+    return _TOLERANCES.get(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype, 1e-4)
+
+
+def is_segmented(model: PreTrainedModel) -> bool:
+    """Whether the model attends through our interface, which takes segments."""
+    return _implementation(model) in _STOCK
+
+
+def _twin(model: PreTrainedModel) -> str | None:
+    """The segmented implementation that stands for the model's own; None: there is none."""
+    layer_types = vars(model.config.get_text_config()).get("layer_types") or ()
+    implementations = {
+        str(module.config._attn_implementation) for module in model.modules() if isinstance(module, PreTrainedModel)
+    }
+    if not _CUTTABLE.issuperset(layer_types) or len(implementations) != 1:
+        return None
+    return SEGMENTED.get(implementations.pop())
+
+
+def can_segment(model: PreTrainedModel) -> bool:
+    """Whether the model's stock attention has a segmented twin, or is one."""
+    return is_segmented(model) or _twin(model) is not None
 
 
 def switch_to_segments(model: PreTrainedModel) -> bool:
     """Whether the model's stock attention has a segmented twin, which it now uses."""
-    layer_types = vars(model.config.get_text_config()).get("layer_types") or ()
-    if not _CUTTABLE.issuperset(layer_types):
-        return False
-    implementations = {
-        str(module.config._attn_implementation) for module in model.modules() if isinstance(module, PreTrainedModel)
-    }
-    if len(implementations) != 1 or not implementations <= SEGMENTED.keys():
+    twin = _twin(model)
+    if twin is None:
         return False
     with quietly():
-        model.set_attn_implementation(SEGMENTED[implementations.pop()])
-    return _implementation(model) in _STOCK
+        model.set_attn_implementation(twin)
+    return is_segmented(model)
 
 
 def _probe_batch(model: PreTrainedModel) -> tuple[list[Int64[Tensor, "1 _"]], Batch]:

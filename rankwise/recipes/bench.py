@@ -24,7 +24,6 @@ from rankwise.recipes.bench_cells import (
     Cell,
     OfAll,
     Work,
-    has_new_head,
     kept_folder,
     named,
     run_of,
@@ -93,8 +92,11 @@ class Bench:
         asked = self.suite.answers
         if asked is None or method not in asked.methods or seed != asked.seed:
             return None
-        if has_new_head(run):
-            raise RequestError(f"answers has no effect: '{task}' trains a classifier, which writes none; leave it out")
+        if run.train.objective != "sft":
+            raise RequestError(
+                f"answers has no effect: '{task}' is of objective {run.train.objective}, which asks for none; "
+                "leave it out"
+            )
         return asked
 
     @cached_property

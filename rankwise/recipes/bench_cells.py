@@ -96,7 +96,7 @@ class Cell:
         if self.kind == BASE:  # nothing is trained: only what is read, and how a new head is drawn, counts
             found = {key: value for key, value in found.items() if not key.startswith("train.")}
             found["train.objective"], found["train.precision"] = self.run.train.objective, self.run.train.precision
-        if self.kind == BASE and not has_new_head(self.run):
+        if self.kind == BASE and not _has_new_head(self.run):
             found.pop("train.seed", None)
         elif self.seed:
             found["train.seed"] = self.seed
@@ -143,8 +143,7 @@ def _digest(settings: Mapping[str, Any]) -> str:
     return sha256_bytes(json.dumps(settings, sort_keys=True).encode())[:16]
 
 
-def has_new_head(run: RunConfig) -> bool:
-    """Whether the run trains a classifier, whose head is drawn by its seed."""
+def _has_new_head(run: RunConfig) -> bool:
     return NEEDS[run.train.objective].task_type in ("SEQ_CLS", "TOKEN_CLS")
 
 

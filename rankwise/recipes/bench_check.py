@@ -9,7 +9,7 @@ from typing import Any
 from rankwise.bench.store import FAILED, SAME, Contents, Record
 from rankwise.errors import RequestError, counted
 from rankwise.recipes.bench import MODULES, Bench, module_for, open_bench
-from rankwise.recipes.bench_cells import Cell
+from rankwise.recipes.bench_cells import ANSWERS, Cell
 from rankwise.recipes.bench_run import alone, outcome_of, start
 from rankwise.say import Say, silent, to_stderr
 
@@ -82,6 +82,7 @@ def _compared(bench: Bench, cell: Cell, record: Record, known: Contents, say: Sa
             for split, losses in record.losses.items()
             for old, new in zip(losses, outcome["losses"][split], strict=True)
         ]
-        entry |= {"exact": all(old == new for old, new in pairs), "max_abs_diff": max(abs(o - n) for o, n in pairs)}
+        alike = all(old == new for old, new in pairs) and record.body.get(ANSWERS) == outcome.get(ANSWERS)
+        entry |= {"exact": alike, "max_abs_diff": max(abs(o - n) for o, n in pairs)}
     say(f"{cell.name}: " + ("the same to the last bit" if entry["exact"] else f"differs: {entry}"))
     return entry

@@ -3,7 +3,7 @@
 torch's `FlopCounterMode` sees every product of matrices, also those inside of our own autograd functions, and counts a
 multiplication and an addition as two; elementwise work is left out. What it does not know is added: products in place,
 and the CPU's attention. The model is made anew and its steps are only counted, so that no result depends on it. A
-padded position costs as much as any other.
+padded position costs as much as any other, where it is computed.
 
 The counted steps' operations per token read, times the tokens of the run: exact for packed rows of one length, near
 enough else. Ranks that move are counted as they begin; growth adds 6 for each token and each parameter that half of the
@@ -32,6 +32,7 @@ from rankwise.recipes.bench_cells import Work
 from rankwise.recipes.bench_of_all import new_batches, prompts_of, router_rows, run_on_all, task_of
 from rankwise.recipes.finetune_job import Job, prepare
 from rankwise.recipes.run import RunConfig, read_run
+from rankwise.recipes.task_setup import rehearse
 from rankwise.recipes.task_stages import set_way
 from rankwise.say import silent
 from rankwise.tasks.new_task import add_task
@@ -103,6 +104,7 @@ def training_flops(run: RunConfig, kind: str, figures: Mapping[str, Any], cut: i
     tokens = figures["tokens"]
     if kind != ADAPTER:
         plain = plain_job(run, kind)
+        rehearse(plain.model, plain.minimised, plain.batches)  # what is proven on a first batch is not counted
         batch = plain.batches.first(1)
         return round(step_flops(plain.model, plain.minimised, batch) / batch.num_tokens * tokens)
     job = prepare(run, None, silent)

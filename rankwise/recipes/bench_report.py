@@ -76,7 +76,7 @@ def _comparison(bench: Bench, known: Contents) -> Report:
     points = _points(rows, costs, len(suite.seeds))
     picture = f"{bench.name}.png" if points else None
     facts = [*facts_of(bench, known), margin_fact(gain, margin)]
-    conclusion = "" if suite.default_of is None else default_sentence(rows, suite.default_of)
+    conclusion = "" if suite.default_of is None else default_sentence(rows, plan, suite.default_of)
     page = Page(suite.title, suite.note, facts, failed_cells(bench, known), picture, conclusion)
     documents = [_document(row, costs[row.name], plan) for row in rows]
     sentences = [*(sentence(row, plan) for row in rows), *([conclusion] if conclusion else [])]
@@ -194,16 +194,16 @@ def _costs(bench: Bench, method: str, tasks: Mapping[str, Mapping[int, Record]],
         rate, figures[0]["trainable_parameters"], figures[0]["adapter_bytes"],
         fmean(one["peak_memory_bytes"] for one in figures), fmean(one["cpu_s"] for one in figures),
         fmean(one["flops"] for one in figures) if all("flops" in one for one in figures) else None,
-        float(np.mean(right)) if right else None, _scores(records),
+        float(np.mean(right)) if right else None, _scores(tasks),
         any(_is_old(bench, record, known) for record in records),
     )  # fmt: skip
 
 
-def _scores(records: Sequence[Record]) -> dict[str, float]:
-    """Means over the tasks whose rows were answered."""
-    found = [record.body[ANSWERS] for record in records if ANSWERS in record.body]
+def _scores(tasks: Mapping[str, Mapping[int, Record]]) -> dict[str, float]:
+    """Means over the tasks, once the rows of all have been answered."""
+    found = [[r.body[ANSWERS] for r in seeds.values() if ANSWERS in r.body] for seeds in tasks.values()]
     names = {"chrf": "chrF", "bleu": "BLEU"}
-    return {shown: fmean(one[name] for one in found) for name, shown in names.items()} if found else {}
+    return {shown: fmean(one[name] for (one,) in found) for name, shown in names.items()} if all(found) else {}
 
 
 def _is_old(bench: Bench, record: Record, known: Contents) -> bool:

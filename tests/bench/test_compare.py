@@ -137,12 +137,16 @@ def test_sentences_follow_from_the_rows(methods):
 
 def test_a_default_is_justified_by_a_better_row_only():
     rows = [Row("uniform", (0, 1), 2, verdict=REFERENCE), Row("a", (0, 1), 2, verdict=NO_WORSE)]
-    assert default_sentence(rows, "x") == (
+    plan = Plan(TASKS, "uniform", 0.02, None, 2)
+    assert default_sentence([*rows, Row("late", (0,), 1)], plan, "x") == (
+        "The default of x is not decided yet: of 1 rows seeds are missing."
+    )
+    assert default_sentence(rows, plan, "x") == (
         "The default of x: no row is better than uniform, so none but uniform is justified."
     )
     rows += [Row("b", (0, 1), 2, verdict=UNDECIDED), Row("c", (0, 1), 2, verdict=WORSE)]
-    assert "no row is better than uniform (1 undecided)" in default_sentence(rows, "x")
+    assert "no row is better than uniform (1 undecided)" in default_sentence(rows, plan, "x")
     rows += [Row("d", (0, 1), 2, verdict=BETTER)]
-    assert default_sentence(rows, "x").endswith("better than uniform, d is justified for tasks like these.")
+    assert default_sentence(rows, plan, "x").endswith("better than uniform, d is justified for tasks like these.")
     rows += [Row("e", (0, 1), 2, verdict=BETTER)]
-    assert "one of d, e is justified" in default_sentence(rows, "x")
+    assert "one of d, e is justified" in default_sentence(rows, plan, "x")

@@ -136,14 +136,15 @@ def test_answers_of_headline_rows_stand_beside_their_losses(copy, document):
     assert all(entry["exact"] for entry in document("bench", "check", suite, "--only", "lora-r4/capitals/1")["cells"])
 
 
-def test_classifiers_write_no_answers(tmp_path, capsys):
+@pytest.mark.parametrize("objective", ["classification", "text"])
+def test_what_asks_for_no_answers_has_none(objective, tmp_path, capsys):
     folder = write_bench(tmp_path)
     tasks = yaml.safe_load((folder / "tasks.yaml").read_text())
-    tasks["capitals"]["train"]["objective"] = "classification"
+    tasks["capitals"]["train"]["objective"] = objective
     (folder / "tasks.yaml").write_text(yaml.safe_dump(tasks))
     suite = write_suite(folder, "answers", {**SUITE, "answers": {"methods": ["full"], "seed": 1}})
     assert main(["bench", "run", str(suite)]) == 2
-    assert "answers has no effect: 'capitals' trains a classifier" in capsys.readouterr().err
+    assert f"answers has no effect: 'capitals' is of objective {objective}" in capsys.readouterr().err
 
 
 def test_a_stored_cell_comes_out_the_same_again(bench, document):

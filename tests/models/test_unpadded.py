@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -25,9 +26,11 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rankwise.adapters.config import LoraConfig
 from rankwise.attach.inject import adapter_parameters, attach
+from rankwise.models import blocked, unpadded
 from rankwise.models.embedding import embed
 from rankwise.models.heads import head_logits
 from rankwise.models.label_batch import LabelBatch
@@ -96,6 +99,13 @@ def seen_by_blocks(model):
     shapes = []
     layers = [module for name, module in model.named_modules() if ".1." in name and hasattr(module, "base")]
     layers[0].register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:-1])))
+    return shapes
+
+
+def watched(model):
+    """The shapes that the second block of a plain BERT is given."""
+    shapes = []
+    model.bert.encoder.layer[1].register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
     return shapes
 
 
@@ -177,10 +187,121 @@ def test_a_head_that_reads_padding_keeps_it():
 def test_embeddings(pooling):
     model = made(MODELS["bert"]).bert.eval()
     data = batch()
+    shapes = seen_by_blocks(model)
     found = embed(model, data.input_ids, data.attention_mask, pooling)
+    assert shapes[-1] == (1, 23)
     alone = [embed(model, ids[None, :length], torch.ones(1, length, dtype=torch.int64), pooling)
              for ids, length in zip(data.input_ids, (9, 3, 6, 5), strict=True)]  # fmt: skip
     torch.testing.assert_close(found, torch.cat(alone), rtol=1e-9, atol=1e-9)
+
+
+def test_attention_that_was_switched_back_is_proven_again():
+    """Rows would see each other: stock attention takes no segments, and there is no mask."""
+    model, data = made(MODELS["bert"]).eval(), batch()
+    wanted = stock(model, data)
+    for implementation in ("sdpa", "eager"):
+        head_logits(model, data)
+        model.set_attn_implementation(implementation)
+        torch.testing.assert_close(head_logits(model, data), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_bf16_models_that_attend_by_blocks_and_copies_do_without_padding(monkeypatch):
+    monkeypatch.setattr(blocked, "has_bf16_products", lambda: True)
+    torch.manual_seed(0)
+    model = attach(MODELS["bert"]().bfloat16(), LoraConfig(r=4, init_lora_weights=False)).eval()
+    data = batch()
+    wanted = stock(model, data)
+    for one in (model, copy.deepcopy(model)):
+        shapes = seen_by_blocks(one)
+        torch.testing.assert_close(head_logits(one, data), wanted.float(), rtol=0.1, atol=0.1)
+        assert shapes[-1] == (1, 23)
+
+
+def test_blocks_whose_hooks_are_checkpointed_too_stay_padded(monkeypatch):
+    """In transformers 5.0 hooks ran inside of the checkpoint, and were gone when it was computed again."""
+    monkeypatch.setattr(unpadded, "HOOKS_STAY_OUTSIDE", False)
+    model, data = made(MODELS["bert"]), batch()
+    head_logits(model.eval(), data)
+    shapes = seen_by_blocks(model)
+    model.train().gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    head_logits(model, data).sum().backward()
+    assert shapes[-1] == (4, 9)
+    head_logits(model.eval(), data)
+    assert shapes[-1] == (1, 23)
+
+
+class OfAllPositions(torch.nn.Module):
+    """A pooler that takes the mean over padding too; or one that divides by what may be zero there."""
+
+    def __init__(self, divides):
+        super().__init__()
+        self.divides = divides
+
+    def forward(self, hidden):
+        return (hidden / hidden.norm(dim=-1, keepdim=True) if self.divides else hidden).mean(1)
+
+
+@pytest.mark.parametrize("divides", [False, True])
+def test_a_pooling_that_reads_padding_keeps_it(divides):
+    model, data = made(MODELS["bert"]).eval(), batch()
+    model.bert.pooler = OfAllPositions(divides)
+    shapes = seen_by_blocks(model)
+    torch.testing.assert_close(head_logits(model, data), stock(model, data))
+    assert shapes[-1] == (4, 9) and model.config._attn_implementation == "sdpa"
+
+
+def test_a_head_of_zeros_proves_nothing_yet():
+    torch.manual_seed(0)
+    model, data = MODELS["bert"]().eval(), batch()
+    weight, shapes = model.classifier.weight.detach().clone(), watched(model)
+    torch.nn.init.zeros_(model.classifier.weight)
+    head_logits(model, data)
+    assert shapes[-1] == (4, 9)
+    model.classifier.weight.data.copy_(weight)
+    head_logits(model, data)
+    assert shapes[-1] == (1, 23)
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyboardInterrupt])
+def test_a_block_that_takes_no_row_of_tokens_keeps_padded_ones(error):
+    model, data = made(MODELS["bert"]).eval(), batch()
+    wanted = stock(model, data)
+
+    def refuses(module, args):
+        if args[0].shape[0] == 1:
+            raise error("no")
+
+    model.bert.encoder.layer[1].register_forward_pre_hook(refuses)
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            head_logits(model, data)
+    else:
+        torch.testing.assert_close(head_logits(model, data), wanted)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_under_autocast_products_are_bf16_ones():
+    torch.manual_seed(0)
+    model, data = MODELS["bert"]().eval(), batch()
+    shapes = watched(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        head_logits(model, data)
+    assert shapes[-1] == (1, 23)
+
+
+def test_rows_that_hardly_see_each_other_prove_nothing():
+    """An attention without segments, in bf16, whose rows are nearly what they are alone: the tolerance is no proof."""
+    torch.manual_seed(0)
+    config = BertConfig(**{**SMALL, "initializer_range": 0.02}, **NO_DROPOUT)
+    model, data = BertForSequenceClassification(config).bfloat16().eval(), batch()
+    deaf = {"rankwise_segments": lambda *args, segment_lengths=None, **more: sdpa_attention_forward(*args, **more)}
+    shapes = watched(model)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in deaf.items():
+            patch.setitem(AttentionInterface._global_mapping, name, function)
+        head_logits(model, data)
+    assert shapes[-1] == (4, 9)
 
 
 def test_dropout_falls_on_tokens_and_its_gradient_is_its_own():
