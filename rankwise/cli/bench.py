@@ -22,11 +22,16 @@ def add_only(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """The flag `--workers`."""
+    parser.add_argument("--workers", type=positive, default=2, metavar="N", help="processes at a time, one thread each")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     add_suite(parser, "SUITE")
     add_only(parser)
-    parser.add_argument("--workers", type=positive, default=2, metavar="N", help="processes at a time, one thread each")
+    add_workers(parser)
     parser.add_argument("--limit", type=positive, metavar="N", help="stop after so many cells")
     parser.add_argument("--retry-failed", action="store_true", help="also cells that failed before")
 

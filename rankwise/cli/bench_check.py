@@ -1,11 +1,11 @@
-"""`rankwise bench check SUITE [--only ...]`: stored cells run again, every loss compared."""
+"""`rankwise bench check SUITE [--only ...] [--workers N]`: stored cells run again, every loss compared."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from rankwise.cli.bench import add_only, add_suite
+from rankwise.cli.bench import add_only, add_suite, add_workers
 from rankwise.errors import counted
 
 
@@ -13,13 +13,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     add_suite(parser, "SUITE")
     add_only(parser)
+    add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs again; see `recipes.bench_run`."""
     from rankwise.recipes.bench_check import bench_check
 
-    return bench_check(args.suite, args.only or ())
+    return bench_check(args.suite, args.only or (), args.workers)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -10,15 +10,15 @@ from rankwise.bench.store import FAILED, SAME, Contents, Record
 from rankwise.errors import RequestError, counted
 from rankwise.recipes.bench import MODULES, Bench, module_for, open_bench
 from rankwise.recipes.bench_cells import ANSWERS, Cell
-from rankwise.recipes.bench_run import alone, outcome_of, start
+from rankwise.recipes.bench_run import Worker, alone, finished, outcome_of, start
 from rankwise.say import Say, silent, to_stderr
 
 
-def bench_check(name: str, only: Sequence[str] = (), quiet: bool = False) -> dict[str, Any]:
+def bench_check(name: str, only: Sequence[str] = (), num_workers: int = 2, quiet: bool = False) -> dict[str, Any]:
     """Runs stored cells again and compares every loss, to the last bit: `cells`, a list of `{cell, exact, ...}`.
 
     Without `only`, the quickest cell of each method. Where the stored result is of older code and all is the same, the
-    store notes that for the method: its results are then no longer stale.
+    store notes that for the method: its results are then no longer stale. `num_workers`: processes at a time.
 
     Raises: RequestError for a suite that can't be read, one that has no finished cells, or a store in use.
     """
@@ -29,7 +29,7 @@ def bench_check(name: str, only: Sequence[str] = (), quiet: bool = False) -> dic
         chosen = _to_check(bench, known, only)
         if not chosen:
             raise RequestError(f"no finished cell of '{bench.name}' to run again; run the suite first")
-        compared = [_compared(bench, cell, record, known, say) for cell, record in chosen]
+        compared = _run_again(bench, chosen, known, num_workers, say)
         _note_same(bench, chosen, compared)
     result: dict[str, Any] = {"suite": bench.name, "code": bench.code.name, "cells": compared}
     unlike = [entry["cell"] for entry in compared if not entry["exact"]]
@@ -71,8 +71,29 @@ def _to_check(bench: Bench, known: Contents, only: Sequence[str]) -> list[tuple[
     return list(quickest.values())
 
 
-def _compared(bench: Bench, cell: Cell, record: Record, known: Contents, say: Say) -> dict[str, Any]:
-    outcome = outcome_of(start(cell, bench.work(cell, known)))
+def _run_again(
+    bench: Bench, chosen: Sequence[tuple[Cell, Record]], known: Contents, num_workers: int, say: Say
+) -> list[dict[str, Any]]:
+    """Each of them compared, in their order."""
+    found: dict[int, dict[str, Any]] = {}
+    waiting, at_work = list(range(len(chosen)))[::-1], dict[int, Worker]()
+    try:
+        while waiting or at_work:
+            while waiting and len(at_work) < num_workers:
+                place = waiting.pop()
+                cell = chosen[place][0]
+                at_work[place] = start(cell, bench.work(cell, known))
+            done = {id(worker) for worker in finished(list(at_work.values()))}
+            for place in [place for place, worker in at_work.items() if id(worker) in done]:
+                found[place] = _compared(*chosen[place], outcome_of(at_work.pop(place)), say)
+    finally:
+        for worker in at_work.values():
+            worker.process.terminate()
+            worker.process.join()
+    return [found[place] for place in range(len(chosen))]
+
+
+def _compared(cell: Cell, record: Record, outcome: Mapping[str, Any], say: Say) -> dict[str, Any]:
     entry: dict[str, Any] = {"cell": cell.name, "stored_code": record.code}
     if outcome["status"] == FAILED:
         entry |= {"exact": False, "reason": outcome["reason"]}
