@@ -22,7 +22,7 @@ FAMILIES = sorted(tiny.CAUSAL_LMS)
 def mode(request, monkeypatch) -> str:
     """Both ways to pack: `mask` by making the other one unavailable."""
     if request.param == "mask":
-        monkeypatch.setattr(attention, "_switch_to_segments", lambda model: False)
+        monkeypatch.setattr(attention, "switch_to_segments", lambda model: False)
     return request.param
 
 
