@@ -60,6 +60,7 @@ def test_ratios_are_paired_and_per_token(measure: ModuleType) -> None:
         ["load.py", "--size", "tiny", "--rounds", "2"],
         ["inference.py", "--size", "tiny", "--rounds", "2"],
         ["real_lengths.py", "--size", "tiny", "--rounds", "2"],
+        ["classifier.py", "--rounds", "2"],
         ["ranks.py", "--size", "tiny", "--tokens", "16", "--rounds", "2"],
     ],
     ids=lambda command: command[0],

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rankwise.bench.statistics import Array, Interval, holm, interval, share
+from rankwise.errors import counted
 
 BETTER, NO_WORSE, WORSE, UNDECIDED, REFERENCE = "better", "no worse", "worse", "undecided", "reference"
 LEVEL_OF_TESTS = 0.05
@@ -207,7 +208,7 @@ def default_sentence(rows: Sequence[Row], plan: Plan, setting: str) -> str:
     reference = plan.reference
     missing = sum(row.num_shared < plan.num_seeds for row in rows)
     if missing:
-        return f"The default of {setting} is not decided yet: of {missing} rows seeds are missing."
+        return f"The default of {setting} is not decided yet: {counted(missing, 'row')} without all seeds."
     better = [row.name for row in rows if row.verdict == BETTER]
     if better:
         others = f"one of {', '.join(better)}" if better[1:] else better[0]

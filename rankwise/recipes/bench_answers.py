@@ -6,7 +6,6 @@ from typing import Any
 
 from rankwise.bench.suite import Answers
 from rankwise.data.templates import stop_token_ids
-from rankwise.errors import RequestError
 from rankwise.evaluate.answers import score
 from rankwise.evaluate.generate import generate_answers
 from rankwise.recipes.bench_cell import Trained
@@ -20,12 +19,10 @@ SCORES = ("chrf", "bleu")
 def answered(trained: Trained, run: RunConfig, asked: Answers) -> dict[str, Any]:
     """Greedy answers of what was trained: `rows`, `max_new_tokens`, the SCORES, and `texts` in the rows' order.
 
-    Raises: RequestError for rows of text without an answer.
+    Raises: RequestError for a prompt that does not fit into the model with its answer.
     """
     data = trained.data
     rows = list(examples_of(data, run)[TEST][: asked.rows])
-    if (bare := next((row for row in rows if not row.prompt_ids), None)) is not None:
-        raise RequestError(f"answers: {bare.file}:{bare.line} is text without an answer; leave answers out")
     stop_ids = stop_token_ids(data.tokenizer, run.data, run.train.needs.layout)
     with trained.computing():
         texts = generate_answers(

@@ -139,7 +139,7 @@ def test_a_default_is_justified_by_a_better_row_only():
     rows = [Row("uniform", (0, 1), 2, verdict=REFERENCE), Row("a", (0, 1), 2, verdict=NO_WORSE)]
     plan = Plan(TASKS, "uniform", 0.02, None, 2)
     assert default_sentence([*rows, Row("late", (0,), 1)], plan, "x") == (
-        "The default of x is not decided yet: of 1 rows seeds are missing."
+        "The default of x is not decided yet: 1 row without all seeds."
     )
     assert default_sentence(rows, plan, "x") == (
         "The default of x: no row is better than uniform, so none but uniform is justified."

@@ -213,6 +213,7 @@ def test_bf16_models_that_attend_by_blocks_and_copies_do_without_padding(monkeyp
     wanted = stock(model, data)
     for one in (model, copy.deepcopy(model)):
         shapes = seen_by_blocks(one)
+        # bf16 rounds to 0.11 of 2.8 here; rows that see their padding are off by 1.2
         torch.testing.assert_close(head_logits(one, data), wanted.float(), rtol=0.1, atol=0.1)
         assert shapes[-1] == (1, 23)
 
@@ -292,14 +293,16 @@ def test_under_autocast_products_are_bf16_ones():
 
 def test_rows_that_hardly_see_each_other_prove_nothing():
     """An attention without segments, in bf16, whose rows are nearly what they are alone: the tolerance is no proof."""
+
+    def deaf(*args, segment_lengths=None, **more):
+        return sdpa_attention_forward(*args, **more)
+
     torch.manual_seed(0)
     config = BertConfig(**{**SMALL, "initializer_range": 0.02}, **NO_DROPOUT)
     model, data = BertForSequenceClassification(config).bfloat16().eval(), batch()
-    deaf = {"rankwise_segments": lambda *args, segment_lengths=None, **more: sdpa_attention_forward(*args, **more)}
     shapes = watched(model)
     with pytest.MonkeyPatch.context() as patch:
-        for name, function in deaf.items():
-            patch.setitem(AttentionInterface._global_mapping, name, function)
+        patch.setitem(AttentionInterface._global_mapping, "rankwise_segments", deaf)
         head_logits(model, data)
     assert shapes[-1] == (4, 9)
 
