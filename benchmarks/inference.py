@@ -1,8 +1,10 @@
-"""What an unmerged adapter costs at inference: one-token decode and prefill 8 x 128, base, ours, PEFT, merged.
+"""What an unmerged adapter costs at inference: decode of 1 and 8 rows, prefill 8 x 128; base, ours, PEFT, merged.
 
     python benchmarks/inference.py --rounds 30 --out benchmarks/results/inference.jsonl
 
 200M random parameters in bf16 or fp32, r 16, all linear layers; forwards through the decoder, without the output head.
+"ours, off" passes through our layers without adapters, "ours, r 1" makes the same calls as ours on a sixteenth of its
+factors: what lies between them is calls, and from there to "ours" bytes and arithmetic.
 """
 
 from __future__ import annotations
@@ -29,6 +31,16 @@ def forward(model: torch.nn.Module, ids: torch.Tensor, times: int) -> Callable[[
     return run
 
 
+def without_adapters(model: torch.nn.Module, run: Callable[[], object]) -> Callable[[], object]:
+    """`run`, with the model's adapters switched off."""
+
+    def off() -> None:
+        with rw.disabled(model):
+            run()
+
+    return off
+
+
 def main() -> None:
     """Measures each model on both shapes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -47,16 +59,19 @@ def main() -> None:
         peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False),
     ).eval()
     merged = rw.merge(rw.attach(build(options.size, dtype), rw.LoraConfig(init_lora_weights=False))).eval()
-    models = {"base": base.model, "ours": ours.model, "PEFT": theirs.base_model.model.model, "merged": merged.model}
-    shapes = {"decode 1 x 1": ((1, 1), 8), "prefill 8 x 128": ((8, 128), 1)}
+    thin = rw.attach(build(options.size, dtype), rw.LoraConfig(r=1, init_lora_weights=False)).eval()
+    models = {"base": base.model, "ours": ours.model, "ours, r 1": thin.model, "PEFT": theirs.base_model.model.model, "merged": merged.model}
+    shapes = {"decode 1 x 1": ((1, 1), 8), "decode 8 x 1": ((8, 1), 8), "prefill 8 x 128": ((8, 128), 1)}
     rows: list[dict[str, object]] = []
     for shape_name, (shape, repeats) in shapes.items():
         ids = torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
+        runs = {name: forward(model, ids, repeats) for name, model in models.items()}
+        runs["ours, off"] = without_adapters(ours, runs["ours"])
         times = interleaved(
-            {name: forward(model, ids, repeats) for name, model in models.items()}, options.rounds,
+            runs, options.rounds,
             settings={**settings_of("inference", options), "shape": shape_name}, out=options.out,
         )  # fmt: skip
-        rows += [ratio_row(f"{shape_name}: {name} / base", times, name, "base") for name in ("ours", "PEFT", "merged")]
+        rows += [ratio_row(f"{shape_name}: {name} / base", times, name, "base") for name in runs if name != "base"]
     report(header(**settings_of("inference", options)), rows, options.out)
 
 

@@ -83,8 +83,8 @@ def variants(size: str, dtype: torch.dtype, ids: torch.Tensor) -> dict[str, Call
             enable_gradient_checkpointing(model)
         return model
 
-    def ours(dropout: float = 0.0, checkpointing: bool = False) -> PreTrainedModel:
-        return rw.attach(base(checkpointing), rw.LoraConfig(r=16, lora_alpha=32, lora_dropout=dropout))
+    def ours(dropout: float = 0.0, checkpointing: bool = False, r: int = 16) -> PreTrainedModel:
+        return rw.attach(base(checkpointing), rw.LoraConfig(r=r, lora_alpha=32, lora_dropout=dropout))
 
     def theirs(dropout: float = 0.0, checkpointing: bool = False, cast: bool = True) -> torch.nn.Module:
         config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=dropout)
@@ -95,6 +95,7 @@ def variants(size: str, dtype: torch.dtype, ids: torch.Tensor) -> dict[str, Call
         "limit, rows": lambda: by_rows(frozen()),
         "ours, own loss": lambda: own(ours()),
         "ours, rows": lambda: by_rows(ours()),
+        "ours, r 1, rows": lambda: by_rows(ours(r=1)),
         "PEFT": lambda: own(theirs()),
         "ours, rows, dropout 0.1": lambda: by_rows(ours(0.1)),
         "PEFT, dropout 0.1": lambda: own(theirs(0.1)),
@@ -112,6 +113,7 @@ PAIRS = [
     ("ours, rows", "PEFT, adapters in the base's dtype"),
     ("ours, own loss", "limit, own loss"),
     ("ours, rows", "limit, rows"),
+    ("ours, r 1, rows", "limit, rows"),
     ("ours, rows", "limit, own loss"),
     ("PEFT", "limit, own loss"),
     ("full fine-tuning", "limit, own loss"),

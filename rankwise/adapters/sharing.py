@@ -1,7 +1,8 @@
 """What is computed once for several uses: what follows from parameters, and x A^T of layers that read the same input.
 
 **Derived** tensors (A and B in another dtype, DoRA's norm) are kept until a parameter changes, by its identity, version
-counter and address, or until its gradient is computed: optimisers that write past the counter do so after that.
+counter and address, or until its gradient is computed: optimisers that write past the counter do so after that. Where
+a step takes several backward passes, `unchanging` around them keeps what one has made for the next.
 
 **Readers** are layers that read the very same tensor: q, k, v; gate, up. Who they are is found when they are attached,
 by what they are given. The first of them to be called computes x [A_1; A_2; ...]^T once; the others take their part of
@@ -12,9 +13,11 @@ holds any more frees its memory at once, not when the garbage collector finds a 
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
@@ -29,11 +32,15 @@ class Derived:
 
     def __init__(self) -> None:
         self._made: tuple[tuple[Tensor, ...], list[tuple[int, int]], Tensor] | None = None
+        self._block: _Block | None = None
+        """The `unchanging` that it was last used in."""
 
     def of(self, sources: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives, called again when a source has changed."""
         if any(source.is_inference() for source in sources):  # they count no versions
             return make()
+        if _within.block is not None:
+            self._block = _within.block
         state = [(source._version, source.data_ptr()) for source in sources]
         made = self._made
         if made is None or made[1] != state or any(a is not b for a, b in zip(made[0], sources, strict=True)):
@@ -48,20 +55,59 @@ class Derived:
         return copy if copy.dtype == dtype else _stacked(parameters, dtype)
 
     def drop(self) -> None:
-        """Called in a backward pass, forgets the tensor when that has ended.
+        """Called in a backward pass, forgets the tensor when that, or the `unchanging` around it, has ended.
 
         A pass that computes activations again must not find less than the forward pass did: it would then record more
         operations than selective checkpointing knows of.
         """
+        if self._block is not None and not self._block.has_ended:
+            self._block.dropped.append(self)
+            return
         # torch's only way to the end of a backward pass, which its own data-parallel modules take too
         engine = torch.autograd.Variable._execution_engine  # pyright: ignore[reportPrivateUsage]
-        engine.queue_callback(self._forget)
+        engine.queue_callback(self.forget)
 
-    def _forget(self) -> None:
-        self._made = None
+    def forget(self) -> None:
+        """The tensor is made anew when it is next asked for."""
+        self._made = self._block = None
 
     def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
         return Derived, ()
+
+
+@dataclass
+class _Block:
+    """An `unchanging`, and what is to be forgotten at its end."""
+
+    dropped: list[Derived] = field(default_factory=list)
+    has_ended: bool = False
+
+
+class _Within(threading.local):
+    """What this thread is in. A backward pass may run in another: a tensor knows its block from the forward pass."""
+
+    block: _Block | None = None
+
+
+_within = _Within()
+
+
+@contextlib.contextmanager
+def unchanging() -> Iterator[None]:
+    """In the block, which may hold several backward passes, no parameter changes: it ends before the optimiser's step.
+
+    What is derived from parameters is then made once for all of them. Blocks don't nest: an inner one does nothing.
+    """
+    if _within.block is not None:
+        yield
+        return
+    _within.block = block = _Block()
+    try:
+        yield
+    finally:
+        _within.block, block.has_ended = None, True
+        for derived in block.dropped:
+            derived.forget()
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankwise import distributed
+from rankwise.adapters.sharing import unchanging
 from rankwise.errors import WorkError
 from rankwise.train.evaluations import Evaluations
 from rankwise.train.objective import Filler, MicroBatch, Objective, total_weight, weighted_sum
@@ -150,7 +151,8 @@ def take_step(
     model.train()
     optimizer.zero_grad(set_to_none=True)
     scale = progress.scale
-    loss, num_trained, num_tokens = accumulate(model, optimizer, micro_batches, objective, number, scale.factor)
+    with unchanging():
+        loss, num_trained, num_tokens = accumulate(model, optimizer, micro_batches, objective, number, scale.factor)
     scale.unscale(trained_parameters(optimizer))
     statistics = plan.measure() if plan.measure is not None else {}
     grad_norm = clip_gradients(trained_parameters(optimizer), plan.max_grad_norm)

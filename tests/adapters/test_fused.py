@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rankwise.adapters import fused
+from rankwise.adapters import fused, low_rank
 from rankwise.adapters.config import LoraConfig
 from rankwise.adapters.dropout import keep_rule, kept_entries, spread
 from rankwise.adapters.fused import Factors, lora_linear
@@ -188,21 +188,36 @@ def test_decoding_in_bf16_is_the_formula(rows):
     assert (y.double() - exact).abs().max() <= 0.02 * exact.abs().max()
 
 
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("rows", [0, 1, 2, 32, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_decoding_through_a_layer_is_the_formula_and_leaves_what_a_hook_holds(dtype):
+def test_decoding_through_a_layer_is_the_formula_and_leaves_what_a_hook_holds(dtype, rows, rank):
     model = attach(
-        nn.Sequential(nn.Linear(7, 6)).to(dtype), LoraConfig(r=4, target_modules="0", init_lora_weights=False)
+        nn.Sequential(nn.Linear(7, 6)).to(dtype), LoraConfig(r=rank, target_modules="0", init_lora_weights=False)
     )
-    layer, x = model.eval()[0], torch.randn(2, 7).to(dtype)
+    layer, x = model.eval()[0], torch.randn(rows, 7).to(dtype)
     rounding = 1e-6 if dtype == torch.float32 else 0.02
     with torch.no_grad():
         y = layer(x)
         exact = F.linear(x.double(), layer.merged_weight(torch.float64), layer.base.bias.double())
-        assert y.dtype == dtype and (y.double() - exact).abs().max() <= rounding * exact.abs().max()
+        largest = exact.abs().max().item() if rows else 0.0
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), exact, rtol=0, atol=rounding * largest)
         held = []
         layer.base.register_forward_hook(lambda module, arguments, output: held.append(output))
         assert torch.allclose(layer(x), y, rtol=rounding, atol=rounding)
         assert torch.equal(held[0], layer.base(x))
+
+
+@pytest.mark.parametrize(("rows", "rank", "is_short"), [(1, 1, True), (32, 1, True), (33, 1, False), (32, 200, False)])
+def test_few_rows_take_the_shortest_way_at_any_rank(rows, rank, is_short, monkeypatch):
+    model = attach(nn.Sequential(nn.Linear(7, 6)), LoraConfig(r=rank, target_modules="0", init_lora_weights=False))
+    model.eval()
+    fused = []
+    monkeypatch.setattr(low_rank, "lora_linear", lambda *arguments: fused.append(arguments))
+    with torch.no_grad():
+        model(torch.randn(rows, 7))
+    assert bool(fused) != is_short
 
 
 def test_only_needed_gradients_are_made():

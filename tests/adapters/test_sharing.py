@@ -15,7 +15,7 @@ from torch import nn
 from rankwise.adapters import sharing
 from rankwise.adapters.config import LoraConfig
 from rankwise.adapters.low_rank import LowRankLayer
-from rankwise.adapters.sharing import Derived, Readers
+from rankwise.adapters.sharing import Derived, Readers, unchanging
 from rankwise.attach.attachment import adapter_layers
 from rankwise.attach.inject import attach, detach, disabled
 from rankwise.attach.readers import _inputs, join_readers
@@ -380,6 +380,24 @@ def test_a_cast_is_made_once_for_a_pass_and_its_recomputation(monkeypatch):
     made.clear()
     model(ids, labels=ids).loss.backward()
     assert sorted(made) == sorted(2 * [*(7 * [1]), 1, 1, 3, 2]), "of a block: 7 of B, A of o and down, of two groups"
+
+
+def test_what_was_used_in_a_block_is_forgotten_as_ever_after_it():
+    """Used without a gradient in the block, then in passes outside: a fused step between them counts no versions."""
+    model = randomised(tiny.llama().bfloat16())
+    ids = tiny.token_ids()
+    with torch.no_grad(), unchanging(), unchanging():
+        model(ids)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, fused=True)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    found = model(ids).logits
+    for layer in layers_of(model).values():
+        assert isinstance(layer, LowRankLayer)
+        layer._derived[0].forget(), layer._derived[1].forget()
+        if layer.readers is not None:
+            layer.readers.derived.forget()
+    assert torch.equal(found, model(ids).logits)
 
 
 def test_passes_before_one_backward_pass_under_checkpointing() -> None:

@@ -6,15 +6,18 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from rankwise.adapters import sharing
 from rankwise.adapters.config import LoraConfig
+from rankwise.adapters.dora import DoraLayer
 from rankwise.attach.inject import adapter_parameters, attach
 from rankwise.data.packing import collate
 from rankwise.errors import WorkError
 from rankwise.models.batch import Batch
-from rankwise.train.loop import LoopPlan, Progress, Step, accumulate, clip_gradients, fit
+from rankwise.train.loop import LoopPlan, Progress, Step, accumulate, clip_gradients, fit, take_step
 from rankwise.train.objective import Objective
 from rankwise.train.objectives import TOKENS
 from rankwise.train.optimizers import make_optimizer
+from rankwise.train.recompute import enable_gradient_checkpointing
 from rankwise.train.watch import LossWatch
 from tests import tiny
 from tests.train.rows import example, examples
@@ -62,6 +65,29 @@ def test_micro_batches_equal_the_big_batch(size: int, packing: bool) -> None:
         error = (gradients[1][name] - whole).norm() / whole.norm()
         assert error < 1e-5, (name, float(error))
         torch.testing.assert_close(gradients[1][name], whole, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_follows_from_parameters_is_made_once_a_step(
+    checkpointing: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DoRA's norms and bf16 factors, whatever the micro batches; a fused AdamW counts no versions."""
+    formed: list[object] = []
+    norm, stacked = DoraLayer._norm, sharing._stacked
+    monkeypatch.setattr(DoraLayer, "_norm", lambda self: formed.append(self) or norm(self))
+    monkeypatch.setattr(sharing, "_stacked", lambda p, dtype: formed.append(p) or stacked(p, dtype))
+    model = attach(tiny.llama().bfloat16(), LoraConfig(r=4, use_dora=True))
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    optimizer = torch.optim.AdamW(adapter_parameters(model).values(), fused=fused)
+    progress, counts = Progress(), []
+    for size in (8, 2, 2):
+        formed.clear()
+        take_step(model, optimizer, split(size, packing=False), TOKENS, plan(3), progress)
+        counts.append(len(formed))
+        assert len({id(item) for item in formed if isinstance(item, DoraLayer)}) == 14
+    assert counts == [counts[0]] * 3
 
 
 def test_the_mean_is_over_tokens_and_not_over_micro_batches() -> None:
