@@ -60,7 +60,13 @@ def main() -> None:
     ).eval()
     merged = rw.merge(rw.attach(build(options.size, dtype), rw.LoraConfig(init_lora_weights=False))).eval()
     thin = rw.attach(build(options.size, dtype), rw.LoraConfig(r=1, init_lora_weights=False)).eval()
-    models = {"base": base.model, "ours": ours.model, "ours, r 1": thin.model, "PEFT": theirs.base_model.model.model, "merged": merged.model}
+    models = {
+        "base": base.model,
+        "ours": ours.model,
+        "ours, r 1": thin.model,
+        "PEFT": theirs.base_model.model.model,
+        "merged": merged.model,
+    }
     shapes = {"decode 1 x 1": ((1, 1), 8), "decode 8 x 1": ((8, 1), 8), "prefill 8 x 128": ((8, 128), 1)}
     rows: list[dict[str, object]] = []
     for shape_name, (shape, repeats) in shapes.items():

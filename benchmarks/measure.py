@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from rankwise.models.blocked import has_bf16_products
 
 Times = dict[str, list[tuple[float, float]]]
 """CPU and wall seconds of each variant, round by round."""
@@ -43,7 +46,9 @@ def header(**settings: object) -> dict[str, object]:
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()
     return {
-        "date": date.today().isoformat(), "cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "date": date.today().isoformat(), "cpu": cpu, "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability() + (", bf16" if has_bf16_products() else ""),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
         "transformers": transformers.__version__, "peft": peft.__version__, "python": platform.python_version(),
         "commit": commit, **settings,
     }  # fmt: skip

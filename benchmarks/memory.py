@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import header
+from measure import header, ratio
 from step import SIZES, VOCABULARY, build, stepper
 
 VARIANTS = (
@@ -85,7 +85,7 @@ def prepare(variant: str, size: str, tokens: int) -> Callable[[], float]:
 
 
 def main() -> None:
-    """Runs every variant in processes of its own, three times, and prints medians and ratios to PEFT."""
+    """Runs every variant in processes of its own, in turn, and prints medians and paired ratios to PEFT."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="60M")
     parser.add_argument("--repeats", type=int, default=3)
@@ -105,11 +105,11 @@ def main() -> None:
     rows = []
     for name, values in found.items():
         partner = "PEFT, checkpointing" if "checkpointing" in name else "PEFT"
-        middle = statistics.median(values)
-        rows.append({"what": name, "mib": round(middle / 2**20), "to_peft": middle / statistics.median(found[partner])})
+        pairs = {which: [(float(size), 0.0) for size in found[which]] for which in (name, partner)}
+        rows.append({"what": name, "mib": round(statistics.median(values) / 2**20), **ratio(pairs, name, partner)})
     print(json.dumps(head))
     for row in rows:
-        print(f"{row['what']:<32} {row['mib']:>6} MiB   {row['to_peft']:.2f} of PEFT alike")
+        print("{what:<32} {mib:>6} MiB   {median:.3f} [{low:.3f}, {high:.3f}] of PEFT alike".format_map(row))
     if options.out:
         with open(options.out, "a", encoding="utf-8") as file:
             file.write(json.dumps({"header": head, "rows": rows}) + "\n")

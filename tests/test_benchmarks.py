@@ -59,6 +59,7 @@ def test_ratios_are_paired_and_per_token(measure: ModuleType) -> None:
         ["step.py", "--size", "tiny", "--tokens", "32", "--rounds", "2"],
         ["load.py", "--size", "tiny", "--rounds", "2"],
         ["inference.py", "--size", "tiny", "--rounds", "2"],
+        ["memory.py", "--size", "tiny", "--repeats", "2"],
         ["real_lengths.py", "--size", "tiny", "--rounds", "2"],
         ["classifier.py", "--rounds", "2"],
         ["ranks.py", "--size", "tiny", "--tokens", "16", "--rounds", "2"],

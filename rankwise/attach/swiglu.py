@@ -8,6 +8,7 @@ stock forward has given the same output and the same gradient.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import cast
 
@@ -46,6 +47,7 @@ MLPS = (
 """Classes below `transformers.models` whose forward is down(act(gate(x)) * up(x)) and nothing else."""
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 SILU = (nn.SiLU, SiLUActivation)
+_log = logging.getLogger(__name__)
 TOLERANCES = {2: 2.0**-6, 4: 1e-5, 8: 1e-9}
 """Of the largest number, by the bytes of one."""
 
@@ -53,7 +55,10 @@ TOLERANCES = {2: 2.0**-6, 4: 1e-5, 8: 1e-9}
 def fuse_mlps(model: nn.Module, required: bool = True) -> int:
     """Replaces the forward of every MLP of a known class whose down projection is adapted; how many these were.
 
-    Raises: RequestError when nothing is attached; with `required` also where there is no such MLP.
+    The first MLP of each class is checked against its stock forward. Where it differs, that class is left as it is, with
+    a warning.
+
+    Raises: RequestError when nothing is attached; with `required` also where there is no such MLP, or one differs.
     """
     need_active(model, "fuse MLPs")
     found = [module for module in model.modules() if _is_known(module)]
@@ -64,8 +69,12 @@ def fuse_mlps(model: nn.Module, required: bool = True) -> int:
         )
     for kind in {type(mlp) for mlp in found}:
         first = next(mlp for mlp in found if type(mlp) is kind)
-        if not _agrees(first):
-            raise RequestError(f"fused_mlp: {kind.__name__} computes something else here; set it to false")
+        if _agrees(first):
+            continue
+        if required:
+            raise RequestError(f"fused_mlp: {kind.__name__} computes something else here; set it to auto or false")
+        _log.warning("%s computes something else than a SwiGLU MLP here, so it keeps its own forward", kind.__name__)
+        found = [mlp for mlp in found if type(mlp) is not kind]
     for mlp in found:
         vars(mlp)["forward"] = partial(swiglu_forward, mlp)
     return len(found)

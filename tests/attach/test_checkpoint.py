@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from rankwise.adapters.config import LoraConfig
-from rankwise.attach import checkpoint
+from rankwise.adapters.low_rank import LowRankLayer
+from rankwise.attach import attachment, checkpoint
 from rankwise.attach.checkpoint import load_adapter, load_native_state, native_state, read_config, save_adapter
 from rankwise.attach.inject import adapter_parameters, attach, detach, disabled, ranks
 from rankwise.errors import RequestError, WorkError
@@ -152,6 +153,25 @@ def test_the_same_layout_is_swapped_in_place(tmp_path):
     assert torch.equal(logits(model, input_ids=IDS), logits(fresh, input_ids=IDS))
     load_adapter(model, tmp_path / "a")
     assert torch.equal(logits(model, input_ids=IDS), first)
+
+
+def test_nothing_is_initialised_before_it_is_loaded_and_names_are_looked_up_once(tmp_path, monkeypatch):
+    saved(tmp_path / "a", seed=1), saved(tmp_path / "b", seed=2)
+
+    def start(self, *arguments):
+        raise AssertionError("initialised")
+
+    monkeypatch.setattr(LowRankLayer, "start_", start)
+    with pytest.raises(AssertionError, match="initialised"):
+        attach(tiny.llama(), LoraConfig())
+    model = load_adapter(tiny.llama(), tmp_path / "a")
+    walks = []
+    walk = attachment.adapter_layers
+    monkeypatch.setattr(attachment, "adapter_layers", lambda model: walks.append(model) or walk(model))
+    load_adapter(model, tmp_path / "b")
+    first = len(walks)
+    load_adapter(model, tmp_path / "a")
+    assert first <= 1 and len(walks) == first
 
 
 OTHERS = {
