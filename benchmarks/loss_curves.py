@@ -16,6 +16,7 @@ import tempfile
 import numpy as np
 import peft
 import torch
+from matplotlib.figure import Figure
 from measure import header, settings_of
 from real_lengths import PAD, Row, _padded
 from step import SIZES, build
@@ -67,6 +68,17 @@ def plain(size: str, dtype: torch.dtype, folder: str, rows: list[list[int]], ste
     return losses
 
 
+def draw(curves: dict[str, list[float]], path: str) -> None:
+    """Both curves over one another."""
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, losses), style in zip(curves.items(), ("-", "--"), strict=True):
+        axes.plot(range(1, len(losses) + 1), losses, style, label=name)
+    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Trains both ways and compares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -75,6 +87,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out")
+    parser.add_argument("--picture", help="a PNG of both curves")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
@@ -92,8 +105,11 @@ def main() -> None:
         "difference": float(apart[-1]), "largest_difference": float(apart.max()), "first": curves["plain"][0],
     }  # fmt: skip
     print(json.dumps(row))
+    if options.picture:
+        draw(curves, options.picture)
     if options.out:
         head = header(**settings_of("loss_curves", options))
+        head.pop("picture")
         with open(options.out, "a", encoding="utf-8") as file:
             file.write(json.dumps({"header": head, "rows": [row], "curves": curves}) + "\n")
 

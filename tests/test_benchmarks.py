@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,25 @@ def test_ratios_are_paired_and_per_token(measure: ModuleType) -> None:
     assert measure.ratio(times, "a", "b")["median"] == 2.0
     assert measure.ratio(times, "a", "b", clock=1)["median"] == 2.0
     assert measure.per_token({"a": [(6.0, 3.0)]}, {"a": [3]}) == {"a": [(2.0, 1.0)]}
+
+
+def ratios(value: object) -> set[tuple[str, ...]]:
+    """Every median with its interval in a result, as a page prints it."""
+    if isinstance(value, list):
+        return set().union(*map(ratios, value))
+    if not isinstance(value, dict):
+        return set()
+    found = set().union(*map(ratios, value.values()))
+    names = ("median", "low", "high")
+    return found | ({tuple(f"{value[name]:.2f}" for name in names)} if value.keys() >= set(names) else set())
+
+
+def test_every_interval_of_the_page_is_in_the_results() -> None:
+    results = (BENCHMARKS / "results").glob("*.jsonl")
+    known = set().union(*(ratios(json.loads(line)) for path in results for line in path.read_text().splitlines()))
+    page = (BENCHMARKS.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    shown = re.findall(r"(\d+\.\d\d) \[(\d+\.\d\d),\s(\d+\.\d\d)\]", page)
+    assert len(shown) > 50 and [" ".join(figures) for figures in shown if figures not in known] == []
 
 
 @pytest.mark.slow
