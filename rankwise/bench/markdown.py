@@ -174,13 +174,19 @@ def _changes(found: Sequence[Change]) -> str:
 def rates_page(page: Page, rows: Sequence[RateRow], sentences: Sequence[str]) -> str:
     """A table of rates and what follows from it."""
     grid = sorted({rate for row in rows for rate in (*row.losses, *row.missing)})
-    body = []
+    body, above = [], []
     for row in rows:
         cells = [f"{row.losses[rate]:.4f}" if rate in row.losses else NONE_YET for rate in grid]
         marked = [f"**{cell}**" if rate == row.best else cell for rate, cell in zip(grid, cells, strict=True)]
         body.append([row.name, *marked, ", ".join(f"{rate:g}" for rate in row.likely)])
-    headings = ["method", *(f"{rate:g}" for rate in grid), "lowest in 95 % of draws"]
-    parts = [*_head(page), "Validation loss by learning rate:", _table(headings, body)]
+        differences = (_interval(row.differences.get(rate), "{:+.4f}") for rate in grid)
+        above.append(
+            [row.name, *("best" if rate == row.best else d for rate, d in zip(grid, differences, strict=True))]
+        )
+    headings = ["method", *(f"{rate:g}" for rate in grid)]
+    parts = [*_head(page), "Validation loss by learning rate:"]
+    parts += [_table([*headings, "not told apart (Holm)"], body)]
+    parts += ["Its difference from the best rate's [95 %]:", _table(headings, above)]
     return "\n\n".join([*parts, "\n".join(f"- {text}" for text in sentences), *_foot(page)]) + "\n"
 
 

@@ -70,7 +70,7 @@ def _comparison(bench: Bench, known: Contents) -> Report:
     losses = {method: losses_of(tasks) for method, tasks in found.items()}
     gain, margin = suite.margin, _margin(suite, losses, suite.tasks)
     share_of = None if suite.share_of is None else (suite.share_of.base, suite.share_of.to)
-    plan = Plan(suite.tasks, suite.reference, margin, share_of, len(suite.seeds))
+    plan = Plan(suite.tasks, suite.reference, margin, share_of, len(suite.seeds), apart=True)
     rows = compare(losses, plan)
     costs = {method: _costs(bench, method, found[method], known) for method in suite.methods}
     points = _points(rows, costs, len(suite.seeds))
@@ -243,8 +243,12 @@ def _rates(bench: Bench, known: Contents) -> Report:
     full = next((name for name, method in suite.methods.items() if method.kind == FULL), None)
     page = Page(suite.title, suite.note, facts_of(bench, known), failed_cells(bench, known))
     documents = [
-        {"method": row.name, "best": row.best, "likely": list(row.likely), "losses": dict(row.losses)} for row in rows
-    ]
+        {
+            "method": row.name, "best": row.best, "likely": list(row.likely), "losses": dict(row.losses),
+            "differences": {rate: [one.mean, one.low, one.high] for rate, one in row.differences.items()},
+        }
+        for row in rows
+    ]  # fmt: skip
     sentences = rate_sentences(rows, full)
     return Report(rates_page(page, rows, sentences), documents, sentences)
 
