@@ -13,8 +13,8 @@ The variance of the mean over tasks has three levels:
   Welch and Satterthwaite, between S - 1 and T (S - 1);
 - V_examples.
 
-Where one run covers all tasks, all that comes from seeds is in V_seeds. Where a run trains one task (`apart`), runs of a
-seed on different tasks share no more than the drawn start: V_seeds is then what the variance over seeds of the mean
+Where one run covers all tasks, all that comes from seeds is in V_seeds. Where a run trains one task (`apart`), runs of
+a seed on different tasks share no more than the drawn start: V_seeds is then what the variance over seeds of the mean
 exceeds V_runs by, and at least 0.
 
 The interval is a hierarchical bootstrap's: seeds are drawn with replacement, the same on every task and again for each,
@@ -27,8 +27,8 @@ interval is the 95 % quantile of the draws' size, and at least
 
 for draws of three seeds have few values and short tails. p is the level at which h, scaled alike, meets the mean. One t
 for all levels was tried first: with three seeds 12 % of its intervals missed, because a small V_seeds by chance raises
-the degrees of freedom as well. V_runs alone, or the larger of it and the seeds' variance, with its degrees of freedom,
-misses in up to 21 and 9 % where half of that variance is common to the tasks; what is done here in 7. Size and coverage:
+the degrees of freedom as well. V_runs alone misses in up to 21 % where half of the seeds' variance is common to the
+tasks, the larger of both with V_runs' degrees of freedom in 9, what is done here in 7. Size and coverage:
 tests/bench/test_statistics.py.
 
 Legend: T tasks, S seeds, E examples of a task, N draws.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rankwise.bench.compare import Losses, Plan, Row, compare, default_sentence, margin_of, sentence
+from rankwise.bench.gaps import gap_sentence, gaps
 from rankwise.bench.kinds import FULL
 from rankwise.bench.markdown import Costs, Page, Several, comparison_page, rates_page, several_page
 from rankwise.bench.picture import Point, draw
@@ -78,9 +79,16 @@ def _comparison(bench: Bench, known: Contents) -> Report:
     facts = [*facts_of(bench, known), margin_fact(gain, margin)]
     conclusion = "" if suite.default_of is None else default_sentence(rows, plan, suite.default_of)
     page = Page(suite.title, suite.note, facts, failed_cells(bench, known), picture, conclusion)
-    documents = [_document(row, costs[row.name], plan) for row in rows]
-    sentences = [*(sentence(row, plan) for row in rows), *([conclusion] if conclusion else [])]
-    return Report(comparison_page(page, rows, costs, plan), documents, sentences, points)
+    moved = {gap.name: gap for gap in gaps(losses, plan)}
+    documents = [
+        _document(row, costs[row.name], plan)
+        | {"gap": row.gap, "overfits": moved[row.name].word if row.name in moved else None}
+        for row in rows
+    ]
+    sentences = [sentence(row, plan) for row in rows]
+    sentences += [gap_sentence(gap, share_of[1]) for gap in moved.values() if share_of is not None]
+    sentences += [conclusion] if conclusion else []
+    return Report(comparison_page(page, rows, costs, plan, list(moved.values())), documents, sentences, points)
 
 
 def _margin(suite: Suite, losses: Mapping[str, Losses], tasks: Sequence[str]) -> float | None:
