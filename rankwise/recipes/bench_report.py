@@ -27,8 +27,8 @@ from rankwise.recipes.bench_results import found_of, is_stale, losses_of, num_mi
 
 OF_ALL_FACT = (
     "Parameters, stored bytes, CPU and FLOPs are of all tasks together; training the single adapters that a method "
-    "begins with is not in its own. Methods that take the task of a row are told it; inferred gates are not. What a seed "
-    "does counts as the same on all tasks, since one run covers them."
+    "begins with is not in its own. Methods that take the task of a row are told it; inferred gates are not. A seed's "
+    "effect counts as the same on all tasks, since one run covers them."
 )
 
 
