@@ -67,6 +67,7 @@ class Plan:
         margin: in nats, of "no worse"; None: that is never said.
         share_of: the methods from and to which the gain goes.
         num_seeds: that there should be.
+        apart: a run trains one task: runs of a seed on different tasks are different runs.
     """
 
     tasks: Sequence[str]
@@ -74,6 +75,7 @@ class Plan:
     margin: float | None
     share_of: tuple[str, str] | None
     num_seeds: int
+    apart: bool = False
 
 
 def complete_seeds(losses: Losses, tasks: Sequence[str]) -> tuple[int, ...]:
@@ -139,7 +141,7 @@ def _row(name: str, losses: Losses, methods: Mapping[str, Losses], plan: Plan) -
     if name == plan.reference:
         return replace(row, verdict=REFERENCE)
     found = differences(losses, methods[plan.reference], "test", tasks)
-    return row if found is None else replace(row, difference=interval(found))
+    return row if found is None else replace(row, difference=interval(found, apart=plan.apart))
 
 
 def _by_task(losses: Losses, tasks: Sequence[str]) -> dict[str, float]:
@@ -160,7 +162,7 @@ def _share(name: str, methods: Mapping[str, Losses], plan: Plan) -> Interval | N
     gain = [b - t for b, t in zip(below, above, strict=True)]
     if np.mean([task.mean() for task in gain]) <= 0:
         return None
-    return share([b - o for b, o in zip(below, own, strict=True)], gain)
+    return share([b - o for b, o in zip(below, own, strict=True)], gain, apart=plan.apart)
 
 
 def verdict(difference: Interval, p: float, margin: float | None) -> str:

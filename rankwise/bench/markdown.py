@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rankwise.bench.compare import Plan, Row, sentence
+from rankwise.bench.gaps import Gap, gap_sentence
 from rankwise.bench.rates import RateRow
 from rankwise.bench.several import OWN, Change, Worst, highest
 from rankwise.bench.statistics import Interval
@@ -70,8 +71,10 @@ class Several:
     sentences: Sequence[str]
 
 
-def comparison_page(page: Page, rows: Sequence[Row], costs: Mapping[str, Costs], plan: Plan) -> str:
-    """A table of comparisons, its sentences and its picture."""
+def comparison_page(
+    page: Page, rows: Sequence[Row], costs: Mapping[str, Costs], plan: Plan, gaps: Sequence[Gap] = ()
+) -> str:
+    """A table of comparisons, its sentences and its picture; `gaps`: against the method that `share_of` leads to."""
     headings = ["method", "seeds", "trained", "stored", "memory", "CPU", "FLOPs", "rate", "test loss"]
     headings += [f"against {plan.reference} [95 %]", "p (Holm)"]
     if plan.share_of is not None:
@@ -94,7 +97,12 @@ def comparison_page(page: Page, rows: Sequence[Row], costs: Mapping[str, Costs],
     parts = [*_head(page), _table([*headings, "verdict"], body)]
     if len(plan.tasks) > 1:
         parts += ["Test loss by task:", _by_task(rows, plan.tasks)]
-    sentences = [*(sentence(row, plan) for row in rows), *([page.conclusion] if page.conclusion else [])]
+    sentences = [sentence(row, plan) for row in rows]
+    if plan.share_of is not None and gaps:
+        to = plan.share_of[1]
+        parts += [f"Gap (validation less training loss) against {to}:", _gaps(rows, gaps, to)]
+        sentences += [gap_sentence(gap, to) for gap in gaps]
+    sentences += [page.conclusion] if page.conclusion else []
     parts += ["\n".join(f"- {text}" for text in sentences), *_foot(page)]
     return "\n\n".join(parts) + "\n"
 
@@ -118,6 +126,18 @@ def several_page(page: Page, rows: Sequence[Row], costs: Mapping[str, Costs], pl
         parts += ["What the rest of the run changed:", _changes(found.changes)]
     parts += ["\n".join(f"- {text}" for text in found.sentences), *_foot(page)]
     return "\n\n".join(parts) + "\n"
+
+
+def _gaps(rows: Sequence[Row], gaps: Sequence[Gap], to: str) -> str:
+    own = {row.name: row.gap for row in rows}
+    body = [
+        [
+            gap.name, _number(own[gap.name], "{:+.4f}"), _interval(gap.difference, "{:+.4f}"),
+            _number(gap.p, "{:.2g}"), gap.word,
+        ]
+        for gap in gaps
+    ]  # fmt: skip
+    return _table(["method", "gap", f"against {to} [95 %]", "p (Holm)", "overfits"], body)
 
 
 def _costs_and_loss(row: Row, cost: Costs) -> list[str]:
@@ -174,13 +194,19 @@ def _changes(found: Sequence[Change]) -> str:
 def rates_page(page: Page, rows: Sequence[RateRow], sentences: Sequence[str]) -> str:
     """A table of rates and what follows from it."""
     grid = sorted({rate for row in rows for rate in (*row.losses, *row.missing)})
-    body = []
+    body, above = [], []
     for row in rows:
         cells = [f"{row.losses[rate]:.4f}" if rate in row.losses else NONE_YET for rate in grid]
         marked = [f"**{cell}**" if rate == row.best else cell for rate, cell in zip(grid, cells, strict=True)]
         body.append([row.name, *marked, ", ".join(f"{rate:g}" for rate in row.likely)])
-    headings = ["method", *(f"{rate:g}" for rate in grid), "lowest in 95 % of draws"]
-    parts = [*_head(page), "Validation loss by learning rate:", _table(headings, body)]
+        differences = (_interval(row.differences.get(rate), "{:+.4f}") for rate in grid)
+        above.append(
+            [row.name, *("best" if rate == row.best else d for rate, d in zip(grid, differences, strict=True))]
+        )
+    headings = ["method", *(f"{rate:g}" for rate in grid)]
+    parts = [*_head(page), "Validation loss by learning rate:"]
+    parts += [_table([*headings, "not told apart (Holm)"], body)]
+    parts += ["Its difference from the best rate's [95 %]:", _table(headings, above)]
     return "\n\n".join([*parts, "\n".join(f"- {text}" for text in sentences), *_foot(page)]) + "\n"
 
 

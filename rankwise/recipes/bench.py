@@ -209,6 +209,37 @@ class Bench:
                 raise RequestError(f"--only {pattern} matches no cell{did_you_mean(pattern, names)}")
         return [cell for cell in found if any(matches(pattern, cell.name) for pattern in only)]
 
+    def unplanned(self, known: Contents, only: Sequence[str] = ()) -> list[str]:
+        """The names, without rates, of cells that `plan` does not hold yet: a rate that they need is not chosen.
+
+        A cell that is at the chosen rate in the method's grid counts there alone.
+        """
+        found = [name for method in self.suite.methods for name in self._unplanned(method, known)]
+        return [name for name in found if not only or any(matches(pattern, name) for pattern in only)]
+
+    def _unplanned(self, method: str, known: Contents) -> list[str]:
+        suite, asked = self.suite, self.suite.methods[method]
+        if suite.table == RATES:
+            return []
+        grid = set[str]()
+        found: list[str] = []
+        if suite.is_tuned(method):
+            tasks = (ALL,) if asked.is_of_all else suite.tuning_tasks
+            grid = {named(method, task, suite.tuning.seed, None) for task in tasks}
+            try:
+                self.tuning_cells(method, known)
+            except NotYet:
+                found += [name for name in sorted(grid) for _ in asked.rates]
+        try:
+            rate = self.chosen_rate(method, known)
+            for seed in suite.seeds:
+                self.cells_at(method, seed, rate, known)
+        except NotYet:
+            tasks = (ALL,) if asked.is_of_all else suite.tasks
+            names = [named(method, task, seed, None) for seed in suite.seeds for task in tasks]
+            return found + [name for name in names if name not in grid]
+        return found
+
     def _names(self) -> Iterator[str]:
         for method, asked in self.suite.methods.items():
             for task in (ALL,) if asked.is_of_all else self.suite.tasks:

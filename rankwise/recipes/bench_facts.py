@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rankwise.bench.compare import NO_WORSE
-from rankwise.bench.store import Contents, Record
+from rankwise.bench.store import DONE, Contents, Record
 from rankwise.bench.suite import RATES, Margin, Suite
 from rankwise.errors import counted
 from rankwise.recipes.bench import Bench
@@ -19,16 +19,20 @@ def facts_of(bench: Bench, known: Contents) -> list[str]:
     suite, used = bench.suite, list(used_of(bench, known))
     stale = [(cell, record) for cell, record in used if is_stale(bench, cell, known)]
     minutes = sum(record.figures["cpu_s"] for _, record in used) / 60
+    store = {record.cell: record.figures["cpu_s"] for record in known.records if record.status == DONE}
     facts = [
         f"Tasks: {', '.join(suite.tasks)}, each counting the same. Seeds: {len(suite.seeds)}, the same for every "
         "method: start, order of rows, new heads.",
         f"{counted(len(used), 'cell')} of this table are in the store, {num_missing(bench, known):,} are missing; "
         f"{minutes:.0f} CPU-minutes of training and measuring.",
+        f"All suites of the store together: {counted(len(store), 'cell')}, each counted once; "
+        f"{sum(store.values()) / 3600:.1f} CPU-hours.",
     ]
     if suite.table != RATES and any(suite.is_tuned(method) for method in suite.methods):
         facts.append(
-            f"Each method's learning rate is that of the lowest validation loss on seed {suite.tuning.seed} of "
-            f"{', '.join(suite.tuning_tasks)}{_of_all_tuning(suite)}."
+            f"The learning rate of methods with a grid is that of the lowest validation loss on seed "
+            f"{suite.tuning.seed} of {', '.join(suite.tuning_tasks)}{_of_all_tuning(suite)}. That seed is one of the "
+            "table's, too."
         )
     if suite.answers is not None:
         facts.append(

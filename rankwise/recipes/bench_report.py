@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rankwise.bench.compare import Losses, Plan, Row, compare, default_sentence, margin_of, sentence
+from rankwise.bench.gaps import gap_sentence, gaps
 from rankwise.bench.kinds import FULL
 from rankwise.bench.markdown import Costs, Page, Several, comparison_page, rates_page, several_page
 from rankwise.bench.picture import Point, draw
@@ -26,7 +27,8 @@ from rankwise.recipes.bench_results import found_of, is_stale, losses_of, num_mi
 
 OF_ALL_FACT = (
     "Parameters, stored bytes, CPU and FLOPs are of all tasks together; training the single adapters that a method "
-    "begins with is not in its own. Methods that take the task of a row are told it; inferred gates are not."
+    "begins with is not in its own. Methods that take the task of a row are told it; inferred gates are not. A seed's "
+    "effect counts as the same on all tasks, since one run covers them."
 )
 
 
@@ -70,7 +72,7 @@ def _comparison(bench: Bench, known: Contents) -> Report:
     losses = {method: losses_of(tasks) for method, tasks in found.items()}
     gain, margin = suite.margin, _margin(suite, losses, suite.tasks)
     share_of = None if suite.share_of is None else (suite.share_of.base, suite.share_of.to)
-    plan = Plan(suite.tasks, suite.reference, margin, share_of, len(suite.seeds))
+    plan = Plan(suite.tasks, suite.reference, margin, share_of, len(suite.seeds), apart=True)
     rows = compare(losses, plan)
     costs = {method: _costs(bench, method, found[method], known) for method in suite.methods}
     points = _points(rows, costs, len(suite.seeds))
@@ -78,9 +80,16 @@ def _comparison(bench: Bench, known: Contents) -> Report:
     facts = [*facts_of(bench, known), margin_fact(gain, margin)]
     conclusion = "" if suite.default_of is None else default_sentence(rows, plan, suite.default_of)
     page = Page(suite.title, suite.note, facts, failed_cells(bench, known), picture, conclusion)
-    documents = [_document(row, costs[row.name], plan) for row in rows]
-    sentences = [*(sentence(row, plan) for row in rows), *([conclusion] if conclusion else [])]
-    return Report(comparison_page(page, rows, costs, plan), documents, sentences, points)
+    moved = {gap.name: gap for gap in gaps(losses, plan)}
+    documents = [
+        _document(row, costs[row.name], plan)
+        | {"gap": row.gap, "overfits": moved[row.name].word if row.name in moved else None}
+        for row in rows
+    ]
+    sentences = [sentence(row, plan) for row in rows]
+    sentences += [gap_sentence(gap, share_of[1]) for gap in moved.values() if share_of is not None]
+    sentences += [conclusion] if conclusion else []
+    return Report(comparison_page(page, rows, costs, plan, list(moved.values())), documents, sentences, points)
 
 
 def _margin(suite: Suite, losses: Mapping[str, Losses], tasks: Sequence[str]) -> float | None:
@@ -243,8 +252,12 @@ def _rates(bench: Bench, known: Contents) -> Report:
     full = next((name for name, method in suite.methods.items() if method.kind == FULL), None)
     page = Page(suite.title, suite.note, facts_of(bench, known), failed_cells(bench, known))
     documents = [
-        {"method": row.name, "best": row.best, "likely": list(row.likely), "losses": dict(row.losses)} for row in rows
-    ]
+        {
+            "method": row.name, "best": row.best, "likely": list(row.likely), "losses": dict(row.losses),
+            "differences": {rate: [one.mean, one.low, one.high] for rate, one in row.differences.items()},
+        }
+        for row in rows
+    ]  # fmt: skip
     sentences = rate_sentences(rows, full)
     return Report(rates_page(page, rows, sentences), documents, sentences)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 
 from rankwise.bench.compare import Losses
 from rankwise.bench.store import Contents, Record
-from rankwise.bench.suite import RATES
 from rankwise.recipes.bench import Bench, NotYet
 from rankwise.recipes.bench_cells import Cell
 
@@ -25,13 +24,9 @@ def is_stale(bench: Bench, cell: Cell, known: Contents) -> bool:
 
 
 def num_missing(bench: Bench, known: Contents) -> int:
-    """How many of the suite's cells have no result."""
-    suite = bench.suite
-    if suite.table == RATES:
-        wanted = sum(len(method.rates) for method in suite.methods.values()) * len(suite.tasks) * len(suite.seeds)
-        return wanted - sum(1 for _ in used_of(bench, known))
-    done = {method: records_of(bench, method, known) for method in suite.methods}
-    return sum(suite.num_cells(method) - len(records) for method, records in done.items())
+    """How many of the suite's cells have no result, those of grids and those that can't be planned yet among them."""
+    planned = sum(bench.usable(cell, known) is None for cell in bench.plan(known))
+    return planned + len(bench.unplanned(known))
 
 
 def records_of(bench: Bench, method: str, known: Contents) -> list[tuple[Cell, Record]]:

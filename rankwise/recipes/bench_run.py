@@ -168,10 +168,7 @@ class Runner:
 
     def num_left(self, known: Contents) -> int:
         """Cells still to run, those included whose rate is not chosen yet."""
-        left = len(self.pending(known))
-        suite = self.bench.suite
-        # of a grid, the cells at the rate that will be chosen are counted already
-        left += sum(suite.num_cells(method) - suite.num_in_grid(method) for method in self.waiting(known))
+        left = len(self.pending(known)) + len(self.bench.unplanned(known, self.only))
         return left if self.limit is None else min(left, max(self.limit - self.num_run - len(self.failed), 0))
 
     def waiting(self, known: Contents) -> list[str]:
@@ -326,8 +323,23 @@ def line_of(bench: Bench, cell: Cell, outcome: Mapping[str, Any], seconds: float
 
 
 def machine() -> str:
-    """The processor's name, and how many there are."""
-    name = platform.processor() or platform.machine()
+    """The processor's name, how many there are, and what decides how a product of matrices rounds: its instructions.
+
+    A name such as "AMD EPYC" is that of many kinds.
+    """
+    import torch
+
+    name, flags = platform.processor() or platform.machine(), ""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
-    return f"{name}, {counted(os.cpu_count() or 1, 'core')}"
+        lines = [line.partition(":") for line in file]
+        name = next((value.strip() for key, _, value in lines if key.startswith("model name")), name)
+        flags = next((value for key, _, value in lines if key.startswith(("flags", "Features"))), flags)
+    widest = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {counted(os.cpu_count() or 1, 'core')}, {instructions(widest, flags.split())}"
+
+
+def instructions(widest: str, flags: Sequence[str]) -> str:
+    """The widest vector instructions that torch takes, and those for bf16 of the processor's flags."""
+    names = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "BF16"}
+    found = [name for flag, name in names.items() if flag in flags]
+    return f"{widest}, {' and '.join(found) if found else 'no bf16 instructions'}"

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from rankwise.bench.statistics import deviations, holm, interval, lowest, share, variances
+from rankwise.bench.statistics import contrast, deviations, holm, interval, share, variances
 
 TRIALS = 600
 """The standard error of a rate of 5 % is then 0.9 points."""
 
 
-def drawn(rng, num_seeds, size, mean, of_seed, of_example, rest, num_tasks=1):
-    """Differences with these standard deviations of seeds (the same on every task), examples and the rest."""
+def drawn(rng, num_seeds, size, mean, of_seed, of_example, rest, num_tasks=1, of_run=0.0):
+    """Differences with these standard deviations of seeds (the same on every task), examples, the rest, and runs.
+
+    `of_run`: of what a seed does on one task, for all of them or for each.
+    """
     seeds = rng.normal(0, of_seed, (num_seeds, 1))
     return [
-        mean + seeds + rng.normal(0, of_example, (1, size)) + rng.normal(0, rest, (num_seeds, size))
-        for _ in range(num_tasks)
-    ]
+        mean + seeds + (rng.normal(0, own, (num_seeds, 1)) if own else 0.0)
+        + rng.normal(0, of_example, (1, size)) + rng.normal(0, rest, (num_seeds, size))
+        for own in np.broadcast_to(of_run, num_tasks)
+    ]  # fmt: skip
 
 
-def missed(mean, *shape, num_tasks=1, seed=0):
+def missed(mean, *shape, num_tasks=1, seed=0, of_run=0.0, apart=False):
     """How often the 95 % interval leaves the true mean out."""
     rng = np.random.default_rng(seed)
     found = 0
     for trial in range(TRIALS):
-        result = interval(drawn(rng, shape[0], shape[1], mean, *shape[2:], num_tasks), trial, 100)
+        tasks = drawn(rng, shape[0], shape[1], mean, *shape[2:], num_tasks, of_run)
+        result = interval(tasks, trial, 100, apart)
         found += not result.low <= mean <= result.high
     return found / TRIALS
 
@@ -35,6 +41,7 @@ def missed(mean, *shape, num_tasks=1, seed=0):
 @pytest.mark.parametrize(
     ("shape", "num_tasks"),
     [
+        ((2, 60, 0.3, 0.3, 0.3), 1),
         ((3, 60, 0.3, 0.3, 0.3), 1),  # seeds decide: three of them
         ((3, 60, 0.05, 1.0, 0.5), 2),  # examples decide
         ((8, 60, 0.1, 0.5, 1.0), 1),  # all three matter
@@ -43,6 +50,52 @@ def missed(mean, *shape, num_tasks=1, seed=0):
 )
 def test_five_in_a_hundred_intervals_miss(shape, num_tasks):
     assert 0.015 <= missed(0.2, *shape, num_tasks=num_tasks) <= 0.08
+
+
+@pytest.mark.parametrize(
+    ("num_seeds", "of_seed", "of_run"),
+    [
+        (2, 0.0, [0.4, 0.1, 0.1, 0.1]),
+        (3, 0.0, [0.3] * 4),
+        (3, 0.0, [0.4, 0.1]),
+        (8, 0.0, [0.4, 0.1]),
+        (3, 0.13, [0.27] * 4),  # a fifth of the seeds' variance is common to the tasks
+    ],
+)
+def test_intervals_of_runs_on_one_task_each_miss_no_more_often(num_seeds, of_seed, of_run):
+    rate = missed(0.2, num_seeds, 60, of_seed, 0.3, 0.3, num_tasks=len(of_run), of_run=of_run, apart=True)
+    assert 0.002 <= rate <= 0.08
+
+
+def test_two_seeds_whose_examples_decide_give_wide_intervals():
+    assert missed(0.2, 2, 60, 0.05, 1.0, 0.5, num_tasks=2) <= 0.04
+
+
+def test_runs_on_one_task_each_decide_more():
+    """Three seeds on four tasks: the interval is narrower than that of seeds that are the same everywhere."""
+    rng = np.random.default_rng(9)
+    many = [drawn(rng, 3, 60, 0.0, 0.0, 0.3, 0.3, 4, 0.1) for _ in range(200)]
+    halves = [[variances(tasks, apart).half(0.05) for tasks in many] for apart in (True, False)]
+    assert np.median(halves[0]) < 0.85 * np.median(halves[1])
+
+
+def test_a_common_effect_of_seeds_is_not_taken_for_runs():
+    """The check can fail: without the common part, intervals miss far too often where there is one."""
+    rng = np.random.default_rng(10)
+    misses = np.zeros(2)
+    for _ in range(TRIALS):
+        tasks = drawn(rng, 3, 60, 0.0, 0.2, 0.05, 0.05, 4, 0.2)
+        parts, mean = variances(tasks, apart=True), np.mean([task.mean() for task in tasks])
+        misses += [abs(mean) > parts.half(0.05), abs(mean) > replace(parts, seeds=0.0).half(0.05)]
+    assert misses[0] / TRIALS < 0.1 < misses[1] / TRIALS
+
+
+def test_one_task_or_one_run_has_no_variance_of_runs():
+    tasks = drawn(np.random.default_rng(11), 4, 30, 0.1, 0.1, 0.1, 0.1, 2)
+    assert variances(tasks).runs == 0.0 and variances(tasks[:1], apart=True) == variances(tasks[:1])
+    assert interval(tasks[:1], apart=True) == interval(tasks[:1])
+    parts = variances(tasks, apart=True)
+    assert parts.runs > 0 and 3 <= parts.freedom_runs <= 6
 
 
 def test_chance_alone_gives_no_more_than_the_size():
@@ -132,9 +185,16 @@ def test_a_share_is_covered():
     assert 0.9 <= hits / TRIALS <= 0.99
 
 
-def test_the_lowest_choice():
+def test_the_difference_of_two_sets_of_examples_is_covered():
+    """Its mean is theirs, its variance that of both."""
     rng = np.random.default_rng(8)
-    noise = drawn(rng, 4, 50, 0.0, 0.01, 0.1, 0.01)
-    found = lowest({1e-4: [noise[0] + 1.0], 1e-3: [noise[0]], 1e-2: [noise[0] + rng.normal(0, 0.1, (4, 50))]}, 0, 200)
-    assert found[1e-4] == 0.0 and sum(found.values()) == pytest.approx(1.0)
-    assert 0.02 < found[1e-3] < 0.98
+    over, under = (drawn(rng, 4, size, mean, 0.1, 0.3, 0.2)[0] for size, mean in ((40, 0.5), (90, 0.2)))
+    found = contrast(over, under)
+    assert found.mean(axis=1) == pytest.approx(over.mean(axis=1) - under.mean(axis=1))
+    both = variances([over]).examples + variances([under]).examples
+    assert variances([found]).examples == pytest.approx(both, rel=0.05)
+
+
+def test_holm_of_a_part_of_the_family():
+    assert holm([0.01, 0.04], 4) == pytest.approx([0.04, 0.12])
+    assert holm([0.01, 0.04], 2) == holm([0.01, 0.04])
