@@ -65,7 +65,7 @@ def test_a_shared_adapter_s_base_is_checked(tmp_path: Path, capsys: pytest.Captu
     tiny.llama().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     wrong, bare = of_run(tmp_path / "w", record("other", "f" * 64)), of_run(tmp_path / "b", None)
-    with pytest.raises(RequestError, match="adapter 'shared' .* was trained on another base, other"):
+    with pytest.raises(RequestError, match=r"adapter 'shared' .* was trained on another base, other"):
         rw.attach_embedding(model, wrong, ["a", "b"])
     assert attachment_of(model) is None
     rw.attach_embedding(model, bare, ["a", "b"])

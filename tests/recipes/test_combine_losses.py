@@ -101,7 +101,9 @@ def test_the_base_that_is_measured_on_is_that_of_the_adapters(root, runs, tmp_pa
     tensors = load_file(other / "model.safetensors")
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
     config = CombineConfig(tasks={}, base=str(other), **MEASURED)
-    with pytest.raises(RequestError, match=r"capitals' was trained on another base, .*that it is measured on \('.*other'\)"):
+    with pytest.raises(
+        RequestError, match=r"capitals' was trained on another base, .*that it is measured on \('.*other'\)"
+    ):
         combine(runs, tmp_path / "out", config=config)
     assert not (tmp_path / "out").exists()
 
