@@ -2,10 +2,11 @@
 
 tasks.json          tasks, the gate's or the embedding's settings, each adapter and the task that it is of
 tasks.safetensors   logits/GROUP [T]; vectors/TASK[/LAYER] [r]; router/weight [T, d] and router/bias [T]
-NAME/               PEFT's folder of one adapter, which PEFT and `load_adapter` take by itself; provenance.json where its
-                    base is known. vLLM takes those without patterns and heads. What a task computes is this folder
-                    alone only where nothing is shared: `rankwise fold --task` gives it in any case
+NAME/               PEFT's folder of one adapter, and provenance.json where something is known of its base
 head.json           what a head means, as in an adapter's own folder
+
+PEFT and `load_adapter` take a folder inside by itself. It is what its task computes only where nothing is shared
+(`shared`, `isolate`, embeddings), and vLLM knows no patterns and no heads: `rankwise fold --task` makes what is both.
 
 The folder is written whole or not at all. What does not fit `tasks.json`, the adapters or the model is refused.
 """

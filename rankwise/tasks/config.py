@@ -411,8 +411,8 @@ class TasksConfig:
         joint = [stage for stage in self.plan if stage.kind == JOINT]
         if self.isolate == AUTO and any(ADAPTERS not in self.trained_in(stage) for stage in joint):
             raise RequestError(
-                "tasks.isolate: auto puts one adapter in place of the tasks' own where they don't conflict, and a joint "
-                "stage that trains the gate alone would leave that as it is; train the adapters too, or name layers"
+                "tasks.isolate: auto puts one adapter in place of the tasks' own where they don't conflict, and a "
+                "joint stage that trains no adapters leaves it the mean that it begins as; train them, or name layers"
             )
 
     def _check_conflict(self) -> None:
