@@ -1,6 +1,9 @@
 """A stream of requests that changes task without saying so: is each routed right, and what does it cost?
 
-    python benchmarks/task_stream.py --out benchmarks/results/task_stream.jsonl
+    python benchmarks/task_stream.py --steps 100 --requests 480 --run-length 4 \\
+        --out benchmarks/results/task_stream.jsonl
+
+wrote the line of that file: one seed, 100 steps in all for the four adapters.
 
 MiniLM, and an adapter for each of the four domains of sentiment in benchmarks/quality/data, trained in one run under an
 inferred gate. Then test rows come one at a time, in runs of one task whose lengths are random (geometric); a switch is
@@ -206,7 +209,7 @@ def figures(requests: list[Request]) -> list[dict[str, object]]:
 def main() -> None:
     """Trains, serves the stream, writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=160, help="of training, 16 rows each")
+    parser.add_argument("--steps", type=int, default=160, help="of training, 16 rows each, for all adapters together")
     parser.add_argument("--train-rows", type=int, default=1500, help="of each task, at most")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--run-length", type=float, default=6.0, help="requests between two switches, on average")

@@ -171,9 +171,9 @@ class Mixture(nn.Module):
         numbers = torch.as_tensor(task)
         if numbers.is_floating_point() or numbers.dtype == torch.bool:
             raise RequestError("tasks are names or whole numbers; shares of tasks go by name, as {'task': 0.5, ...}")
-        if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(self.tasks):
+        if numbers.numel() and not 0 <= (least := int(numbers.min())) <= (most := int(numbers.max())) < len(self.tasks):
             raise RequestError(
-                f"task number {int(numbers.max())} can't be: there are {len(self.tasks)}, from 0 "
+                f"task number {least if least < 0 else most} can't be: there are {len(self.tasks)}, from 0 "
                 f"({', '.join(self.tasks)})"
             )
         return int(numbers) if numbers.ndim == 0 else numbers.long().clone()  # the caller may write to theirs

@@ -49,6 +49,8 @@ class Attachment(nn.Module):
         """Of a gate or a task embedding: whose adapters take part (`rankwise.attach.gates`)."""
         self.members: dict[str, LoraConfig] = {}
         """The configurations of a gate's adapters, by name."""
+        self.bases: dict[str, dict[str, Any]] = {}
+        """What the provenance of a gate's adapters says of their base, by name, where there is one."""
         self.share_left_out = 0.0
         self.largest_left_out: list[str] = []
         self.unpacked: list[nn.Module] = []

@@ -2,8 +2,11 @@
 
 tasks.json          tasks, the gate's or the embedding's settings, each adapter and the task that it is of
 tasks.safetensors   logits/GROUP [T]; vectors/TASK[/LAYER] [r]; router/weight [T, d] and router/bias [T]
-NAME/               PEFT's folder of one adapter: PEFT, vLLM and `load_adapter` take it by itself
+NAME/               PEFT's folder of one adapter, and provenance.json where something is known of its base
 head.json           what a head means, as in an adapter's own folder
+
+PEFT and `load_adapter` take a folder inside by itself. It is what its task computes only where nothing is shared
+(`shared`, `isolate`, embeddings), and vLLM knows no patterns and no heads: `rankwise fold --task` makes what is both.
 
 The folder is written whole or not at all. What does not fit `tasks.json`, the adapters or the model is refused.
 """
@@ -37,6 +40,7 @@ from rankwise.attach.attachment import (
     need_attachment,
     unchanged_on_error,
 )
+from rankwise.attach.bases import PROVENANCE_FILE, check_bases, model_weight_hashes
 from rankwise.attach.checkpoint import HEAD_FILE, TASKS_FILE, read_head
 from rankwise.attach.gates import assemble, mixture_of, taken_out
 from rankwise.attach.inject import adapter_parameters, detach
@@ -45,6 +49,7 @@ from rankwise.attach.weights_file import read_weights
 from rankwise.config import build
 from rankwise.errors import RequestError, WorkError
 from rankwise.files import read_json_object, replacing_folder
+from rankwise.say import silent
 
 Model = TypeVar("Model", bound=nn.Module)
 Path_ = str | os.PathLike[str]
@@ -191,6 +196,9 @@ def save_gate(model: nn.Module, folder: Path_) -> None:
         for name, (fields, tensors) in contents.items():
             (new / name).mkdir()
             _write_adapter(new / name, fields, tensors, heads if _has_head(model, name) else None)
+            if name in attachment.bases:
+                text = json.dumps({"base": attachment.bases[name]}, indent=2, ensure_ascii=False)
+                (new / name / PROVENANCE_FILE).write_text(text, encoding="utf-8")
         if tables:
             (new / TABLES_FILE).write_bytes(save(tables, metadata={"format": "pt"}))
         if heads is not None:
@@ -336,9 +344,11 @@ def _alpha(scale: float, rank: int, use_rslora: bool) -> int | float:
 def load_gate(model: Model, folder: Path_, trainable: bool = False) -> Model:
     """Attaches the gate or task embedding in `folder`, in place of whatever adapter is attached.
 
-    Raises: RequestError, with the model as it was, when the folder does not fit itself or the model.
+    Raises: RequestError, with the model as it was, when the folder does not fit itself or the model, or is known to be
+        of another base. Where nothing is known nothing is said: `attach_gate` has said it.
     """
     spec, tables, head = read_gate_folder(folder), read_tables(folder), read_head(folder)
+    check_bases({name: Path(folder) / name for name in spec.adapters}, lambda: model_weight_hashes(model), silent)
     if attachment_of(model) is not None:
         need_active(model, "load an adapter")
     with unchanged_on_error(model):

@@ -23,6 +23,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -56,7 +57,7 @@ from rankwise.attach.attachment import (
     replace_modules,
     unchanged_on_error,
 )
-from rankwise.attach.bases import check_bases, model_weight_hashes
+from rankwise.attach.bases import base_record, check_bases, model_weight_hashes
 from rankwise.attach.checkpoint import load_adapter
 from rankwise.attach.guards import guard_methods
 from rankwise.attach.inferring import infer_tasks_of
@@ -83,6 +84,8 @@ class Part:
     """A, B and scale by layer."""
     whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Weight and bias by module that is trained whole."""
+    base: dict[str, Any] | None = None
+    """What the provenance of its folder says of its base."""
 
 
 def attach_gate(
@@ -128,13 +131,14 @@ def attach_embedding(
 ) -> Model:
     """Puts one shared adapter with a vector for each task into `model`, in place. The vectors start as ones.
 
-    Raises: RequestError, with the model as it was, for an adapter that doesn't fit; for `per: shared` with layers of
-        different ranks.
+    Raises: RequestError, with the model as it was, for an adapter that doesn't fit or is of another base; for
+        `per: shared` with layers of different ranks.
     """
     names = list(tasks)
     check_names(names)
     with unchanged_on_error(model):
         part = taken_out(model, adapter, SHARED, generator)
+        check_bases({SHARED: adapter}, lambda: model_weight_hashes(model))
         return assemble(model, {}, {SHARED: part}, embedding or EmbeddingConfig(), names)
 
 
@@ -159,7 +163,8 @@ def taken_out(model: nn.Module, source: Source, name: str, generator: torch.Gene
     attachment = need_attachment(model)
     if attachment.mixture is not None:
         raise RequestError(f"{where} is a gate itself; name its adapters instead, or fold it into one")
-    part = Part(attachment.config, attachment.head)
+    base = None if isinstance(source, LoraConfig) else base_record(Path(source))
+    part = Part(attachment.config, attachment.head, base=base)
     for layer_name, layer in adapter_layers(model).items():
         if isinstance(layer, DoraLayer) or not isinstance(layer, LowRankLayer):
             raise RequestError(f"{where} can't be part of a gate: {_reason(layer, layer_name)}")
@@ -233,6 +238,7 @@ def _put(model: nn.Module, layers: Mapping[str, AdapterLayer], mixture: Mixture,
     attachment.unpacked = keep_unpacked(model)
     attachment.head = first.head
     attachment.members = {name: part.config for name, part in every.items()}
+    attachment.bases = {name: part.base for name, part in every.items() if part.base is not None}
     model.requires_grad_(False)
     for layer in layers.values():
         layer.training = layer.base.training

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize
 
+from rankwise.attach.bases import check_base, weight_hashes
 from rankwise.attach.checkpoint import HEAD_FILE, load_adapter, set_tensors
 from rankwise.attach.inject import disabled
 from rankwise.data.example import Example
@@ -32,6 +33,7 @@ from rankwise.recipes.combine_layers import Recipe, fields_of, most_ranks, tenso
 from rankwise.recipes.combine_sources import Source, combined_whole
 from rankwise.recipes.evaluate import measured_objective
 from rankwise.recipes.evaluate_heads import head_objective, is_head, load_head_rows
+from rankwise.recipes.provenance import model_hashes
 from rankwise.recipes.target import Target, find_adapter, open_target
 from rankwise.train.objective import Objective
 
@@ -85,7 +87,8 @@ class Bench:
         batch_size: rows at a time.
         progress: whether bars are shown on stderr.
 
-    Raises: RequestError for a base that is not known or can't be loaded.
+    Raises: RequestError for a base that is not known, can't be loaded, or is not the one that an adapter was trained
+        on, by the hashes of its weight files.
     """
 
     def __init__(
@@ -97,6 +100,13 @@ class Bench:
         self.progress = progress
         opened = open_target(self._targets[0], precision)
         self.model, self.tokenizer = opened.model, opened.tokenizer
+        self._check_bases()
+
+    def _check_bases(self) -> None:
+        known = {source.name: source.base for source in self._sources if weight_hashes(source.base)}
+        own = weight_hashes(model_hashes(self.model, self._targets[0].model.revision)) if known else {}
+        for name, record in known.items():
+            check_base(f"'{name}'", record, own, f"the base that it is measured on ('{self._targets[0].model.name}')")
 
     def read_task(self, name: str, file: str | list[str], target: Target | None = None) -> Task:
         """Rows of a file, treated as those of a run (of the first adapter's by default).

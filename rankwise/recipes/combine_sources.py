@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,10 @@ def check_together(sources: Sequence[Source], base: str | None) -> None:
 
     Raises: RequestError with the first thing that differs.
     """
+    for one, other in combinations(sources, 2):  # what is known of the first may say nothing of two others
+        _check_bases(one, other, base)
     first = sources[0]
     for other in sources[1:]:
-        _check_bases(first, other, base)
         for what, mine, theirs in (
             ("task type", first.config.task_type, other.config.task_type),
             ("bias", first.config.bias, other.config.bias),

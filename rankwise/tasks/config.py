@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from rankwise.adapters.gate_config import LEARNED, EmbeddingConfig, GateConfig, check_names
+from rankwise.adapters.gate_config import LEARNED, SOFT, EmbeddingConfig, GateConfig, check_names
 from rankwise.config import build
 from rankwise.errors import RequestError, did_you_mean
 
@@ -379,6 +379,12 @@ class TasksConfig:
             raise RequestError(
                 f"tasks.stages: the gate can't be trained with mode {gating.mode}, which learns no mixture; use soft"
             )
+        if GATE in trained and gating.k == 1:
+            raise RequestError(
+                "tasks.gate.k 1 leaves a trained gate nothing to learn: the one adapter that takes part always has the "
+                f"share 1, so its logits have no gradient; raise k, choose mode {SOFT}, or leave out the gate (train: "
+                "[adapters])"
+            )
         if ADAPTERS in trained and not self.trains_adapters:
             raise RequestError("tasks.stages: train has adapters, and tasks.train_adapters is false; leave one out")
         if not trained:
@@ -402,6 +408,12 @@ class TasksConfig:
             raise RequestError("tasks.isolate is empty; name layers, or leave it out: then all layers are")
         if not any(stage.kind == JOINT for stage in self.plan):
             raise RequestError("tasks.isolate has no effect without a joint stage; add one, or leave it out")
+        joint = [stage for stage in self.plan if stage.kind == JOINT]
+        if self.isolate == AUTO and any(ADAPTERS not in self.trained_in(stage) for stage in joint):
+            raise RequestError(
+                "tasks.isolate: auto puts one adapter in place of the tasks' own where they don't conflict, and a "
+                "joint stage that trains no adapters leaves it the mean that it begins as; train them, or name layers"
+            )
 
     def _check_conflict(self) -> None:
         if self.conflict_every is not None and self.conflict_every < 1:

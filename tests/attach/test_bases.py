@@ -61,6 +61,40 @@ def test_a_model_from_nowhere_takes_adapters_of_one_base(tmp_path: Path) -> None
         rw.attach_gate(tiny.llama(), {"x": one, "y": same, "z": other})
 
 
+def test_a_shared_adapter_s_base_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.llama().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    wrong, bare = of_run(tmp_path / "w", record("other", "f" * 64)), of_run(tmp_path / "b", None)
+    with pytest.raises(RequestError, match=r"adapter 'shared' .* was trained on another base, other"):
+        rw.attach_embedding(model, wrong, ["a", "b"])
+    assert attachment_of(model) is None
+    rw.attach_embedding(model, bare, ["a", "b"])
+    assert "which base adapter shared was trained on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+def test_a_saved_folder_keeps_the_bases_and_is_checked_when_opened(tmp_path: Path, embedding: bool) -> None:
+    tiny.llama().save_pretrained(tmp_path / "base")
+    own = model_weight_hashes(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))["model.safetensors"]
+    right = of_run(tmp_path / "r", record("base", own))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if embedding:
+        rw.attach_embedding(model, right, ["x", "y"])
+    else:
+        rw.attach_gate(model, {"x": right, "fresh": CONFIG})
+    rw.save_adapter(model, tmp_path / "gate")
+    kept, *others = (tmp_path / "gate").rglob("provenance.json")
+    assert base_record(kept.parent) == record("base", own) and not others, "of a fresh one nothing is known"
+    again = rw.load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "gate")
+    rw.save_adapter(again, tmp_path / "second")
+    assert (tmp_path / "second" / kept.relative_to(tmp_path / "gate")).read_bytes() == kept.read_bytes()
+    tiny.llama(initializer_range=0.3).save_pretrained(tmp_path / "other")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    with pytest.raises(RequestError, match=r"was trained on another base, base .* than this model"):
+        rw.load_adapter(other, tmp_path / "second")
+    assert attachment_of(other) is None
+
+
 def test_where_the_record_is(tmp_path: Path) -> None:
     (tmp_path / "provenance.json").write_text(json.dumps({"base": {"name": "it"}}))
     for place in ("adapter", "adapter/movies", "checkpoints/step-3/adapter", "checkpoints/step-3/adapter/movies"):

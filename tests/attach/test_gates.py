@@ -126,6 +126,27 @@ def test_a_backward_pass_outside_the_block_with_checkpointing_is_an_error(folder
         loss.backward()
 
 
+@pytest.mark.parametrize("wanted", ["movies", "games"])
+def test_a_top_k_gate_learns_its_shares_with_frozen_adapters(folders, wanted):
+    """Two of three take part. The third comes in once the logit of one of them has fallen below its own."""
+    model = rw.attach_gate(tiny.llama(), folders, GateConfig("top-k", k=2))
+    train_parts(model, ["gate"])
+    mixture = model.rankwise_attachment.mixture
+    place = TASKS.index(wanted)
+    before = mixture.shares(0)[place].item()
+    ids = tiny.token_ids()
+    target = logits(alone(folders, wanted), ids).softmax(-1)
+    optimizer = torch.optim.Adam([mixture.logits], lr=0.5)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), target.flatten(0, 1))
+        loss.backward()
+        optimizer.step()
+    shares = mixture.shares(0).detach()
+    assert before == (0.5 if wanted == "movies" else 0.0) and float(shares[place]) > 0.6
+    assert int((shares > 0).sum()) == 2
+
+
 @pytest.mark.parametrize("per", ["global", "layer", "module"])
 def test_a_soft_gate_learns_its_shares_with_frozen_adapters(folders, per):
     model = rw.attach_gate(tiny.llama(), folders, GateConfig("soft", per=per))

@@ -347,6 +347,10 @@ def test_bases_are_told_apart_by_their_hashes(pair, tmp_path):
     trained_on(b, "2" * 64)
     with pytest.raises(RequestError, match=r"different bases: the hash of model.safetensors is 11111111 .* 22222222"):
         combine([a, b], tmp_path / "out", config=CombineConfig(base="one/name"))
+    nothing_known = shutil.copytree(a, tmp_path / "bare")
+    (nothing_known / "provenance.json").unlink()
+    with pytest.raises(RequestError, match=r"b' are adapters of different bases"):
+        combine([nothing_known, a, b], tmp_path / "out")
     trained_on(b, "1" * 64)
     combine([a, b], tmp_path / "out")
     record = json.loads((tmp_path / "out" / "provenance.json").read_text())

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from rankwise.errors import RequestError
 from rankwise.recipes.combine import CombineConfig, combine
@@ -93,6 +94,18 @@ def test_one_trial_is_the_start(root, runs, tmp_path):
     config = CombineConfig(tune=str(root / "files" / "capitals" / "valid.jsonl"), trials=1, **MEASURED)
     search = combine(runs, tmp_path / "out", config=config)["tune"]
     assert search["trials"] == 1 and search["weights"] == (0.5, 0.5) and search["before"] == search["after"]
+
+
+def test_the_base_that_is_measured_on_is_that_of_the_adapters(root, runs, tmp_path):
+    other = shutil.copytree(root / "model", tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    config = CombineConfig(tasks={}, base=str(other), **MEASURED)
+    with pytest.raises(
+        RequestError, match=r"capitals' was trained on another base, .*that it is measured on \('.*other'\)"
+    ):
+        combine(runs, tmp_path / "out", config=config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_tasks_by_name_and_file_for_folders_that_are_no_runs(root, runs, tmp_path):

@@ -156,6 +156,20 @@ def test_a_gate_is_folded_first(tmp_path):
     assert not (tmp_path / "n").exists()
 
 
+def test_a_learned_mixture_is_exported_as_it_answers(tmp_path):
+    base = save_model(tmp_path / "model", tiny.llama())
+    gate = GateConfig("soft", per="layer")
+    model = disturbed(rw.attach_gate(tiny.llama(), saved_adapters(tmp_path / "adapters"), gate), 7)
+    rw.save_adapter(model, tmp_path / "gate")
+    export(str(tmp_path / "gate"), str(tmp_path / "m"), "merged", {}, base=base, device="cpu")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        unmerged = model(tiny.token_ids()).logits
+        assert torch.allclose(again(tiny.token_ids()).logits, unmerged, atol=1e-4)
+        with rw.on_task(model, dict.fromkeys(TASKS, 1 / len(TASKS))):
+            assert not torch.allclose(model(tiny.token_ids()).logits, unmerged, atol=1e-3), "equal shares are others"
+
+
 def test_a_torn_adapter_leaves_nothing(tmp_path):
     adapter = adapter_folder(tmp_path, tiny.llama())
     weights = adapter / "adapter_model.safetensors"

@@ -11,6 +11,7 @@ from peft import PeftModel
 import rankwise as rw
 from rankwise.adapters.gate_config import EmbeddingConfig, GateConfig
 from rankwise.attach.checkpoint import read_config, read_tensors
+from rankwise.attach.targets import alpha_in, rank_in
 from rankwise.cli.main import main
 from rankwise.errors import RequestError
 from rankwise.recipes.fold import fold
@@ -67,6 +68,22 @@ def test_folded_is_unfolded(what, folders, tmp_path):
     if what == "top-k":
         ranks = rw.ranks(rw.load_adapter(tiny.llama(), tmp_path / "folded-None"))
         assert ranks["model.layers.0.self_attn.q_proj"] < 4 + 1 + 6, "those without a share are left out"
+
+
+@pytest.mark.parametrize("cut", [{}, dict(rank=3)])
+def test_all_layers_have_scale_1(cut, folders, tmp_path):
+    """So that a reader that knows no patterns, or rsLoRA, scales rightly."""
+    saved_gate(tmp_path / "gate", folders, GateConfig("soft"))
+    document = fold(str(tmp_path / "gate"), tmp_path / "folded", **cut)
+    fields = json.loads((tmp_path / "folded" / "adapter_config.json").read_text())
+    assert fields["lora_alpha"] == fields["r"] == document["max_rank"] and fields["use_rslora"] is False
+    assert fields["rank_pattern"] == fields["alpha_pattern"] and bool(fields["rank_pattern"]) is not bool(cut)
+    config, tensors = read_config(tmp_path / "folded"), read_tensors(tmp_path / "folded")
+    for module in document["modules"]:
+        name = module["name"]
+        assert (
+            module["rank"] == rank_in(config, name) == alpha_in(config, name) == len(tensors[f"{name}.lora_A.weight"])
+        )
 
 
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
@@ -151,6 +168,17 @@ def test_what_can_t_be_folded(folders, tmp_path):
     with pytest.raises(RequestError, match="there is no folder"):
         fold(str(tmp_path / "nowhere"), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_of_another_model_in_the_folder_is_refused(folders, tmp_path):
+    saved_gate(tmp_path / "gate", folders, GateConfig("soft"))
+    wide = rw.attach(tiny.llama(hidden_size=64), rw.LoraConfig(r=2, target_modules=["q_proj"]))
+    rw.save_adapter(wide, tmp_path / "gate" / "books")
+    with pytest.raises(
+        RequestError, match=r"q_proj' has other shapes in adapter 'movies' than in 'books' .*\[64\] inputs"
+    ):
+        fold(str(tmp_path / "gate"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(folders, tmp_path, capsys):

@@ -20,10 +20,11 @@ from rankwise.recipes.run import read_run
 from rankwise.recipes.task_layers import APART, Beginning, Layout, arrange
 from rankwise.recipes.task_stages import set_way
 from rankwise.say import silent
+from rankwise.train.interrupt import Interrupted
 from tests import tiny
 from tests.processes import Processes
 from tests.recipes.killed import finish, kill
-from tests.recipes.runs import metrics, unmeasured
+from tests.recipes.runs import interrupting, metrics, unmeasured
 from tests.recipes.task_runs import ANSWERS, task_run, write_tasks
 from tests.recipes.test_tasks import PROGRESSIVE, same
 
@@ -98,7 +99,32 @@ def test_single_adapters_then_one_for_all_without_a_gate(files: Path, tmp_path: 
     assert [stage["stage"] for stage in summary["tasks"]["stages"]] == ["1 single", "2 shared"]
 
 
+def test_going_on_with_shares_that_follow_losses_and_replay(files: Path, tmp_path: Path) -> None:
+    stages = [{"kind": "single", "steps": 2}, {"kind": "shared", "tasks": ["capitals", "doubled"]}]
+    sampling = {"by": "behind", "references": dict.fromkeys(ANSWERS, 0.5)}
+    tasks = {"sampling": sampling, "replay": 0.25, "stages": stages}
+    settings = {**QUICK, "steps": 8, "evaluate_every": 1, "save_every": 8}
+    train(task_run(files, tmp_path / "straight", tasks, **settings), quiet=True)
+    run = task_run(files, tmp_path / "stopped", tasks, **settings)
+    for number, step in enumerate((1, 4)):
+        with pytest.raises(Interrupted):
+            train(run, on_step=interrupting(step), resume=number > 0, quiet=True)
+    train(run, resume=True, quiet=True)
+    same(tmp_path / "straight", tmp_path / "stopped")
+    shares = [line["shares"] for line in metrics(tmp_path / "stopped") if line["step"] in (4, 7)]
+    assert [share["backwards"] for share in shares] == pytest.approx([0.25, 0.25]) and shares[0] != shares[1]
+
+
 # --- from one stage to the next ------------------------------------------------------------------------------------
+
+
+def test_each_stage_warms_up(files: Path, tmp_path: Path) -> None:
+    stages = [{"kind": "single", "steps": 5}, {"kind": "joint", "lr": 1e-2}]
+    settings = {**QUICK, "steps": 10, "evaluate_every": 10, "warmup": 2, "schedule": "linear"}
+    train(task_run(files, tmp_path / "out", {"gate": {"mode": "soft"}, "stages": stages}, **settings), quiet=True)
+    rates = [line["lr"] for line in metrics(tmp_path / "out")]
+    shape = [1 / 2, 1, 3 / 4, 2 / 4, 1 / 4]  # up to the highest rate in two steps, and down, towards 0 after the last
+    assert rates == pytest.approx([2e-2 * part for part in shape] + [1e-2 * part for part in shape])
 
 
 def outputs(model: Any, where: torch.Tensor | None) -> torch.Tensor:

@@ -33,6 +33,7 @@ def test_what_a_stage_trains() -> None:
         (SOFT, {}, ("gate", "adapters")),
         (SOFT, {"train_adapters": False}, ("gate",)),
         (SOFT, {"stages": [{"kind": "joint", "train": ["gate"]}]}, ("gate",)),
+        ({"mode": "top-k", "k": 1}, {"stages": [{"kind": "joint", "train": ["adapters"]}]}, ("adapters",)),
     ):
         config = tasks(gate=gate, **more)
         assert config.trained_in(config.plan[0]) == trained
@@ -56,6 +57,7 @@ def test_tasks_of_earlier_stages() -> None:
         ({"data": {}, "replay": 0.1}, "tasks.replay has no effect without tasks.data"),
         ({"gate": {"mode": "sof"}}, "did you mean 'soft'"),
         ({"gate": {"mode": "soft", "k": 1}}, "k=1 has no effect"),
+        ({"gate": {"mode": "top-k", "k": 1}}, "leaves a trained gate nothing to learn"),
         ({"gate": {"mode": "top-k", "k": 2}}, "leaves none of the 2 adapters out"),
         ({"gate": {"mode": "hard", "temperature": 2.0}}, "has no effect"),
         ({"gate": SOFT, "embedding": {}}, "no stage is shared"),
@@ -90,6 +92,8 @@ def test_tasks_of_earlier_stages() -> None:
          "references has none for 'books'"),
         ({"isolate": "auto"}, "without a joint stage"),
         ({"isolate": "some", "gate": SOFT}, "give auto"),
+        ({"isolate": "auto", "gate": SOFT, "train_adapters": False}, "trains no adapters"),
+        ({"isolate": "auto", "gate": SOFT, "stages": [{"kind": "joint", "train": ["gate"]}]}, "trains no adapters"),
         ({"isolate": [], "gate": SOFT}, "empty"),
         ({"isolate_below": 0.1, "gate": SOFT}, "without tasks.isolate: auto"),
         ({"isolate": "auto", "isolate_below": 2.0, "gate": SOFT}, "cosine"),
