@@ -55,8 +55,8 @@ TOLERANCES = {2: 2.0**-6, 4: 1e-5, 8: 1e-9}
 def fuse_mlps(model: nn.Module, required: bool = True) -> int:
     """Replaces the forward of every MLP of a known class whose down projection is adapted; how many these were.
 
-    The first MLP of each class is checked against its stock forward. Where it differs, that class is left as it is, and a
-    warning says so.
+    The first MLP of each class is checked against its stock forward. A class where it differs is left as it is, with a
+    warning.
 
     Raises: RequestError when nothing is attached; with `required` also where there is no such MLP, or one differs.
     """
