@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -89,17 +89,28 @@ class Results:
 
 
 def find_sources(work: Work) -> None:
-    """Trains the adapters that the work begins with, those that are not kept. Raises: as `prepare` and `fit`."""
-    for source in work.sources.values():
-        _find(source)
+    """Trains the adapters that the work begins with, those that are not kept. Raises: as `prepare` and `fit`.
+
+    Those that another worker is making come last, so that two workers with the same sources share the work.
+    """
+    waiting = [source for source in work.sources.values() if not _find(source, is_patient=False)]
+    for source in waiting:
+        _find(source, is_patient=True)
 
 
-def _find(source: Source) -> None:
+def _find(source: Source, is_patient: bool) -> bool:
+    """Whether its adapter is there now: False only where another worker is making it, and this is not patient."""
     folder = Path(source.folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # another worker may be making it
+    lock = FileLock(f"{folder}.lock")
+    try:
+        held = lock.acquire(blocking=is_patient)
+    except Timeout:
+        return False
+    with held:
         if not folder.exists():
             save_adapter(train_adapter(read_run(source.document)).model, folder)
+    return True
 
 
 def run_of_all(work: Work) -> dict[str, Any]:
