@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from rankwise.bench.store import CELL, DONE, Contents, Record
 from rankwise.errors import RequestError
@@ -137,6 +140,26 @@ def test_the_same_again_to_the_last_bit(bench, cell, tmp_path):
     find_sources(work)
     assert all(Path(source.folder).is_relative_to(tmp_path) for source in work.sources.values())
     assert run_of_all(work) == cell("soft")
+
+
+def test_what_another_worker_is_making_comes_last(bench, tmp_path):
+    """The first adapter's lock is let go when the second adapter is there: whoever waits for it first never ends."""
+    work = dataclasses.replace(bench, folder=tmp_path).work(bench.cell_of_all("soft", 0, 0.5, NO_CELLS), NO_CELLS)
+    first, second = (Path(source.folder) for source in work.sources.values())
+    first.parent.mkdir(parents=True)
+    lock = FileLock(f"{first}.lock", thread_local=False)
+    lock.acquire()
+    made = threading.Thread(target=find_sources, args=(work,), daemon=True)
+    made.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not second.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert second.exists() and not first.exists()
+    finally:
+        lock.release()
+    made.join(60)
+    assert first.exists()
 
 
 def test_operations(bench, cell):
