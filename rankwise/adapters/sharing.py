@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -93,7 +93,7 @@ _within = _Within()
 
 
 @contextlib.contextmanager
-def unchanging() -> Iterator[None]:
+def unchanging() -> Generator[None, None, None]:
     """In the block, which may hold several backward passes, no parameter changes: it ends before the optimiser's step.
 
     What is derived from parameters is then made once for all of them. Blocks don't nest: an inner one does nothing.
