@@ -242,16 +242,6 @@ class Suite:
         """Whether a method's rate is chosen from a grid."""
         return self.table != RATES and len(self.methods[method].rates) > 1
 
-    def num_cells(self, method: str) -> int:
-        """Those of a method at its chosen rate."""
-        return len(self.seeds) * (1 if self.methods[method].is_of_all else len(self.tasks))
-
-    def num_in_grid(self, method: str) -> int:
-        """Of these, how many its grid holds."""
-        if not self.is_tuned(method):
-            return 0
-        return 1 if self.methods[method].is_of_all else len(self.tuning_tasks)
-
     @property
     def kept(self) -> set[str]:
         """Methods whose adapters others are made of."""

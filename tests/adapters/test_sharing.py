@@ -384,10 +384,11 @@ def test_a_cast_is_made_once_for_a_pass_and_its_recomputation(monkeypatch):
 
 def test_what_was_used_in_a_block_is_forgotten_as_ever_after_it():
     """Used without a gradient in the block, then in passes outside: a fused step between them counts no versions."""
-    model = randomised(tiny.llama().bfloat16())
+    model = randomised(tiny.llama().bfloat16()).train()  # few rows to evaluate would need no casts
     ids = tiny.token_ids()
     with torch.no_grad(), unchanging(), unchanging():
         model(ids)
+    assert all(layer._derived[1]._made is not None for layer in layers_of(model).values())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, fused=True)
     model(ids, labels=ids).loss.backward()
     optimizer.step()

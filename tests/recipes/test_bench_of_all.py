@@ -209,7 +209,6 @@ def test_a_rate_that_is_another_methods_and_what_waits_for_it(bench):
     assert bench.chosen_rate("embedding", known) == 1e-3
     names = [cell.name for cell in bench.cells("embedding", known)]
     assert names == ["embedding/all/0@0.001", "embedding/all/1@0.001"]
-    assert bench.suite.num_cells("joint") == 2 and bench.suite.num_in_grid("joint") == 1
 
 
 def test_what_can_not_be(bench):
