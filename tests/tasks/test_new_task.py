@@ -18,6 +18,8 @@ IDS = tiny.token_ids(4, 9)
 
 
 def embedded(per="layer"):
+    """Always the same numbers."""
+    torch.manual_seed(0)
     model = rw.attach_embedding(tiny.llama(), rw.LoraConfig(r=4, lora_alpha=8), ["a", "b"], EmbeddingConfig(per))
     return disturbed(model, 0, 0.3)
 
@@ -27,21 +29,23 @@ def test_only_the_new_vector_moves_and_the_loss_falls(per, tmp_path):
     model = embedded(per)
     before = {name: tensor.detach().clone() for name, tensor in adapter_tensors(model).items()}
     teacher = embedded(per)
-    teacher.rankwise_attachment.mixture.vectors[0].data.uniform_(-1.5, 1.5)
+    vectors = teacher.rankwise_attachment.mixture.vectors
+    start = (vectors[0].detach() + vectors[1].detach()) / 2
+    vectors[0].data.copy_(start + torch.empty_like(start).uniform_(-0.4, 0.4))  # in reach of the new task's start
     with rw.on_task(teacher, "a"), torch.no_grad():
         target = teacher(input_ids=IDS).logits.softmax(-1)
 
     def loss(step):
         return torch.nn.functional.cross_entropy(model(input_ids=IDS).logits.flatten(0, 1), target.flatten(0, 1))
 
-    learned = learn_task(model, "c", loss, steps=80)
+    learned = learn_task(model, "c", loss, steps=40)
     assert learned.parameters == (4 if per == "shared" else 4 * 14) and learned.share_of_adapter < 0.05
     assert tasks_of(model) == ("a", "b", "c")
     after = adapter_tensors(model)
     assert set(after) - set(before) == {"rankwise_attachment.mixture.vectors.2"}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    floor = float(torch.special.entr(target).sum(-1).mean())  # what a perfect fit would have
-    assert learned.losses[-1] - floor < 0.8 * (learned.losses[0] - floor)
+    floor = float(torch.special.entr(target).sum(-1).mean())  # what the teacher's own vector would have
+    assert learned.losses[-1] - floor < 0.1 * (learned.losses[0] - floor)
     rw.save_adapter(model, tmp_path / "out")
     again = rw.load_adapter(tiny.llama(), tmp_path / "out")
     with rw.on_task(again, "c"), rw.on_task(model, "c"), torch.no_grad():

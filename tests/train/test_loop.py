@@ -228,6 +228,7 @@ def test_single_hard_batches_are_no_divergence() -> None:
 
 
 def test_a_real_run_with_an_absurd_rate_stops() -> None:
-    model = adapted()
-    with pytest.raises(WorkError, match=r"diverged|the loss is|gradient's norm"):
+    """On the head: inside the model the norms keep this random model's loss near ln V whatever the weights are."""
+    model = adapted(target_modules=["lm_head"])
+    with pytest.raises(WorkError, match="step 21: the loss has diverged"):
         fit(model, optimizer_of(model), lambda step: split(8, True), TOKENS, plan(200, lr=30.0), Progress())

@@ -99,11 +99,11 @@ def test_evaluation_weighs_alike(packing: bool) -> None:
 
 def share_of_a_step() -> tuple[float, int, dict[str, torch.Tensor]]:
     """This process's rows of the step: one has those of weight 3 and 0.1, the other those of 0.75."""
-    return step(distributed.dealt(weighted_rows()), 2, packing=True)
+    return step(distributed.dealt(weighted_rows()), 2, packing=True, double=True)
 
 
 def test_two_processes_make_the_same_step(two_processes: Processes) -> None:
-    loss, num_trained, gradients = step(weighted_rows(), 7, packing=True)
+    loss, num_trained, gradients = step(weighted_rows(), 7, packing=True, double=True)
     for found in two_processes(share_of_a_step):
         assert found[0] == pytest.approx(loss, rel=1e-6) and found[1] == num_trained
         for name, gradient in gradients.items():
