@@ -347,11 +347,12 @@ def test_a_layer_in_several_places_has_one_adapter():
 
 
 @pytest.mark.unchecked
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_compiled_gives_the_same_output(options):
+def test_compiled_gives_the_same_output(options, backend):
     model = attach(tiny.llama(), LoraConfig(r=4, **options))
     randomise(model)
     expected = logits(model, input_ids=IDS)
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, backend=backend)
     assert relative(logits(compiled, input_ids=IDS), expected) < 1e-5
     assert relative(logits(compiled, input_ids=IDS), expected) < 1e-5
