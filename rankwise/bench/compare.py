@@ -8,13 +8,14 @@ corrected for the number of rows (Holm):
     better      d < 0 and p < 0.05
     no worse    the interval ends below the margin
     worse       d > 0 and p < 0.05
-    undecided   none of these, or fewer than two seeds are there
+    undecided   none of these; or fewer than two seeds are there; or a run of the method or of the reference failed, for
+                the runs that are left are the better part
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -43,6 +44,8 @@ class Row:
         share: of the gain that the table is about, kept by the method.
         gap: mean validation loss less mean loss on training rows.
         verdict: a word, by the rules.
+        by_task: mean test loss.
+        num_failed: runs at the chosen rate that failed, of the method and of the reference.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Row:
     gap: float | None = None
     verdict: str = UNDECIDED
     by_task: Mapping[str, float] | None = None
+    num_failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Plan:
         share_of: the methods from and to which the gain goes.
         num_seeds: that there should be.
         apart: a run trains one task: runs of a seed on different tasks are different runs.
+        failed: by method, how many of its runs at the chosen rate failed.
     """
 
     tasks: Sequence[str]
@@ -76,6 +81,7 @@ class Plan:
     share_of: tuple[str, str] | None
     num_seeds: int
     apart: bool = False
+    failed: Mapping[str, int] = field(default_factory=dict)
 
 
 def complete_seeds(losses: Losses, tasks: Sequence[str]) -> tuple[int, ...]:
@@ -122,10 +128,14 @@ def compare(methods: Mapping[str, Losses], plan: Plan) -> list[Row]:
     tested = [index for index, row in enumerate(rows) if row.difference is not None]
     corrected = holm([rows[index].difference.p for index in tested])  # type: ignore[union-attr]
     for index, p in zip(tested, corrected, strict=True):
-        difference = rows[index].difference
-        assert difference is not None
-        rows[index] = replace(rows[index], p=p, verdict=verdict(difference, p, plan.margin))
+        rows[index] = judged(rows[index], p, plan.margin)
     return rows
+
+
+def judged(row: Row, p: float, margin: float | None) -> Row:
+    """A row that has a difference, with its corrected p and the word that follows."""
+    assert row.difference is not None
+    return replace(row, p=p, verdict=UNDECIDED if row.num_failed else verdict(row.difference, p, margin))
 
 
 def _row(name: str, losses: Losses, methods: Mapping[str, Losses], plan: Plan) -> Row:
@@ -137,6 +147,7 @@ def _row(name: str, losses: Losses, methods: Mapping[str, Losses], plan: Plan) -
     row = Row(
         name, seeds, len(shared), loss, gap=None if valid is None or train is None else valid - train,
         share=_share(name, methods, plan), by_task=_by_task(losses, tasks),
+        num_failed=sum(plan.failed.get(one, 0) for one in {name, plan.reference}),
     )  # fmt: skip
     if name == plan.reference:
         return replace(row, verdict=REFERENCE)
@@ -180,13 +191,16 @@ def sentence(row: Row, plan: Plan) -> str:
     """The row in words, by rule."""
     if row.verdict == REFERENCE:
         return f"{row.name} is what the others are compared with."
+    if row.num_failed:
+        found = "" if row.difference is None else f"; test loss {size_of(row.difference)} in what is left"
+        runs = counted(row.num_failed, "run")
+        return f"{row.name} is undecided against {plan.reference}: {runs} of theirs failed{found}."
     if row.difference is None:
         return (
             f"{row.name} is undecided: {row.num_shared} of {plan.num_seeds} seeds have been run on every task, for it "
             f"and for {plan.reference}; {LEAST_SEEDS} are needed."
         )
-    found = row.difference
-    size = f"{found.mean:+.4f} nats [{found.low:+.4f}, {found.high:+.4f}]"
+    found, size = row.difference, size_of(row.difference)
     few = f" (after {row.num_shared} of {plan.num_seeds} seeds)" if row.num_shared < plan.num_seeds else ""
     if row.verdict == BETTER:
         why = f"test loss {size}, p = {row.p:.2g} after Holm"
@@ -203,6 +217,11 @@ def sentence(row: Row, plan: Plan) -> str:
             why = f"test loss {size}, p = {row.p:.2g} after Holm for {row.name} among the rows of the table"
     word = {BETTER: "better than", NO_WORSE: "no worse than", WORSE: "worse than", UNDECIDED: "undecided against"}
     return f"{row.name} is {word[row.verdict]} {plan.reference}{few}: {why}."
+
+
+def size_of(found: Interval) -> str:
+    """An interval in nats."""
+    return f"{found.mean:+.4f} nats [{found.low:+.4f}, {found.high:+.4f}]"
 
 
 def default_sentence(rows: Sequence[Row], plan: Plan, setting: str) -> str:

@@ -23,7 +23,7 @@ class Gap:
         name: of the method.
         difference: of its gap from the other's; None for fewer than two seeds.
         p: of it, corrected for the number of methods.
-        word: `less` or `more`, where p < 0.05; else `undecided`.
+        word: `less` or `more`, where p < 0.05 and no run of the two failed; else `undecided`.
     """
 
     name: str
@@ -41,7 +41,8 @@ def gaps(methods: Mapping[str, Losses], plan: Plan) -> list[Gap]:
     tested = [(index, one.difference) for index, one in enumerate(found) if one.difference is not None]
     corrected = holm([difference.p for _, difference in tested])
     for (index, difference), p in zip(tested, corrected, strict=True):
-        word = UNDECIDED if p >= LEVEL_OF_TESTS else LESS if difference.mean < 0 else MORE
+        failed = plan.failed.get(found[index].name, 0) + plan.failed.get(plan.share_of[1], 0)
+        word = UNDECIDED if failed or p >= LEVEL_OF_TESTS else LESS if difference.mean < 0 else MORE
         found[index] = replace(found[index], p=p, word=word)
     return found
 

@@ -30,6 +30,8 @@ from rankwise.bench.compare import (
     compare,
     complete_seeds,
     differences,
+    judged,
+    size_of,
     verdict,
 )
 from rankwise.bench.statistics import Interval, holm, interval
@@ -84,8 +86,7 @@ def rows_by_task(
     places = [(task, name) for task, rows in found.items() for name, row in rows.items() if row.difference is not None]
     raw = [_interval(found[task][name]).p for task, name in places]
     for (task, name), p in zip(places, holm(raw), strict=True):
-        row = found[task][name]
-        found[task][name] = replace(row, p=p, verdict=verdict(_interval(row), p, margins.get(task)))
+        found[task][name] = judged(found[task][name], p, margins.get(task))
     return found
 
 
@@ -116,9 +117,7 @@ def worst_tasks(
     raw = [_interval(_row(found[index])).p for index in tested]
     for index, p in zip(tested, holm(raw), strict=True):
         one = found[index]
-        row = _row(one)
-        judged = replace(row, p=p, verdict=verdict(_interval(row), p, margins.get(one.task or "")))
-        found[index] = replace(one, row=judged)
+        found[index] = replace(one, row=judged(_row(one), p, margins.get(one.task or "")))
     return found
 
 
@@ -143,8 +142,8 @@ def changes(methods: Mapping[str, Losses], plan: Plan) -> list[Change]:
 
 
 def _word(difference: Interval, p: float, margin: float | None) -> str:
-    judged = verdict(difference, p, margin)
-    return {BETTER: GAINS, NO_WORSE: KEEPS, WORSE: FORGETS}.get(judged, UNDECIDED)
+    word = verdict(difference, p, margin)
+    return {BETTER: GAINS, NO_WORSE: KEEPS, WORSE: FORGETS}.get(word, UNDECIDED)
 
 
 def _change(name: str, losses: Losses, since: str, tasks: Sequence[str]) -> Change | None:
@@ -162,11 +161,6 @@ def _change(name: str, losses: Losses, since: str, tasks: Sequence[str]) -> Chan
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
-
-
-def size_of(found: Interval) -> str:
-    """An interval in nats."""
-    return f"{found.mean:+.4f} nats [{found.low:+.4f}, {found.high:+.4f}]"
 
 
 def tasks_sentence(name: str, by_task: Mapping[str, Mapping[str, Row]], plan: Plan) -> str:

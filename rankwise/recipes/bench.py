@@ -17,6 +17,7 @@ from rankwise.bench.code_version import CodeVersion, code_version
 from rankwise.bench.kinds import ADAPTER, BASE, OF_ALL, TASKS
 from rankwise.bench.store import Contents, Record, Store
 from rankwise.bench.suite import RATES, Answers, Method, Suite, suite_from
+from rankwise.bench.suite_checks import check_document, check_suite, check_tasks
 from rankwise.errors import RequestError, did_you_mean
 from rankwise.recipes.bench_cells import (
     ALL,
@@ -318,10 +319,9 @@ def open_bench(name: str) -> Bench:
     if not (folder / TASKS_FILE).is_file():
         raise RequestError(f"'{path}' is in no bench: there is no {TASKS_FILE} in '{folder}'")
     tasks = read_yaml(folder / TASKS_FILE)
+    check_tasks(tasks, TASKS_FILE)
     templates = {task: values for task, values in tasks.items() if not task.startswith(".")}
-    for task, values in templates.items():
-        if not isinstance(values, Mapping) or set(values) - {"model", "data", "train"}:
-            raise RequestError(
-                f"{TASKS_FILE}: '{task}' must hold a run file's model:, data: and train:, without the others"
-            )
-    return Bench(path.stem, folder, suite_from(document, list(templates)), templates)
+    check_document(document)
+    suite = suite_from(document, list(templates))
+    check_suite(suite, document)
+    return Bench(path.stem, folder, suite, templates)

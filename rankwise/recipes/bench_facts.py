@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rankwise.bench.compare import NO_WORSE
+from collections.abc import Mapping, Sequence
+
+from rankwise.bench.compare import NO_WORSE, Losses, differences, margin_of
 from rankwise.bench.store import DONE, Contents, Record
 from rankwise.bench.suite import RATES, Margin, Suite
 from rankwise.errors import counted
@@ -19,14 +21,14 @@ def facts_of(bench: Bench, known: Contents) -> list[str]:
     suite, used = bench.suite, list(used_of(bench, known))
     stale = [(cell, record) for cell, record in used if is_stale(bench, cell, known)]
     minutes = sum(record.figures["cpu_s"] for _, record in used) / 60
-    store = {record.cell: record.figures["cpu_s"] for record in known.records if record.status == DONE}
+    store = [record for record in known.records if record.status == DONE]
     facts = [
         f"Tasks: {', '.join(suite.tasks)}, each counting the same. Seeds: {len(suite.seeds)}, the same for every "
         "method: start, order of rows, new heads.",
         f"{counted(len(used), 'cell')} of this table are in the store, {num_missing(bench, known):,} are missing; "
         f"{minutes:.0f} CPU-minutes of training and measuring.",
-        f"All suites of the store together: {counted(len(store), 'cell')}, each counted once; "
-        f"{sum(store.values()) / 3600:.1f} CPU-hours.",
+        f"All suites of the store together: {counted(len({record.cell for record in store}), 'cell')}; "
+        f"{sum(record.figures['cpu_s'] for record in store) / 3600:.1f} CPU-hours{_again(store)}.",
     ]
     if suite.table != RATES and any(suite.is_tuned(method) for method in suite.methods):
         facts.append(
@@ -52,6 +54,12 @@ def facts_of(bench: Bench, known: Contents) -> list[str]:
     return facts
 
 
+def _again(store: Sequence[Record]) -> str:
+    """Of finished records of a store, how many are of cells that were there already."""
+    again = len(store) - len({record.cell for record in store})
+    return f", with {again:,} that were computed again" if again else ""
+
+
 def _of_all_tuning(suite: Suite) -> str:
     """Where methods on all tasks have grids."""
     if not any(suite.is_tuned(name) and method.is_of_all for name, method in suite.methods.items()):
@@ -74,11 +82,18 @@ def _where(used: list[tuple[Cell, Record]]) -> str:
     return text
 
 
-def margin_fact(gain: Margin | None, margin: float | None) -> str:
+def margin_fact(gain: Margin | None, losses: Mapping[str, Losses], tasks: Sequence[str]) -> str:
     """How large the margin is, and what it is a share of."""
     if gain is None:
         return f'No margin: "{NO_WORSE}" is never said.'
-    size = "not known before two seeds of both have been run" if margin is None else f"{margin:.4f} nats"
+    base, to = losses[gain.base], losses[gain.to]
+    margin = margin_of(base, to, tasks, gain.share)
+    if margin is not None:
+        size = f"{margin:.4f} nats"
+    elif differences(base, to, "valid", tasks) is None:
+        size = "not known before two seeds of both have been run"
+    else:
+        size = f'which is none: "{NO_WORSE}" is never said'
     rule = f"{gain.share:.0%} of the gain from {gain.base} to {gain.to} on validation rows"
     return f'Margin of "{NO_WORSE}": {rule}, {size}.'
 

@@ -23,7 +23,7 @@ from rankwise.files import write_text
 from rankwise.recipes.bench import TABLES, Bench, NotYet, open_bench
 from rankwise.recipes.bench_cells import ANSWERS
 from rankwise.recipes.bench_facts import facts_of, failed_cells, margin_fact
-from rankwise.recipes.bench_results import found_of, is_stale, losses_of, num_missing, records_of, used_of
+from rankwise.recipes.bench_results import found_of, is_stale, losses_of, num_failed, num_missing, records_of, used_of
 
 OF_ALL_FACT = (
     "Parameters, stored bytes, CPU and FLOPs are of all tasks together; training the single adapters that a method "
@@ -72,12 +72,13 @@ def _comparison(bench: Bench, known: Contents) -> Report:
     losses = {method: losses_of(tasks) for method, tasks in found.items()}
     gain, margin = suite.margin, _margin(suite, losses, suite.tasks)
     share_of = None if suite.share_of is None else (suite.share_of.base, suite.share_of.to)
-    plan = Plan(suite.tasks, suite.reference, margin, share_of, len(suite.seeds), apart=True)
+    failed = num_failed(bench, known)
+    plan = Plan(suite.tasks, suite.reference, margin, share_of, len(suite.seeds), apart=True, failed=failed)
     rows = compare(losses, plan)
     costs = {method: _costs(bench, method, found[method], known) for method in suite.methods}
     points = _points(rows, costs, len(suite.seeds))
     picture = f"{bench.name}.png" if points else None
-    facts = [*facts_of(bench, known), margin_fact(gain, margin)]
+    facts = [*facts_of(bench, known), margin_fact(gain, losses, suite.tasks)]
     conclusion = "" if suite.default_of is None else default_sentence(rows, plan, suite.default_of)
     page = Page(suite.title, suite.note, facts, failed_cells(bench, known), picture, conclusion)
     moved = {gap.name: gap for gap in gaps(losses, plan)}
@@ -104,7 +105,7 @@ def _several(bench: Bench, known: Contents) -> Report:
     losses = {method: losses_of(tasks) for method, tasks in found.items()}
     margin = _margin(suite, losses, suite.tasks)
     margins = {task: _margin(suite, losses, [task]) for task in suite.tasks}
-    plan = Plan(suite.tasks, suite.reference, margin, None, len(suite.seeds))
+    plan = Plan(suite.tasks, suite.reference, margin, None, len(suite.seeds), failed=num_failed(bench, known))
     rows = compare(losses, plan)
     by_task = rows_by_task(losses, plan, margins)
     worst, moved = worst_tasks(losses, plan, by_task, margins), changes(losses, plan)
@@ -119,7 +120,7 @@ def _several(bench: Bench, known: Contents) -> Report:
     costs = {method: _costs_of_all(bench, method, known) for method in suite.methods}
     points = _points(rows, costs, len(suite.seeds))
     picture = f"{bench.name}.png" if points else None
-    facts = [*facts_of(bench, known), margin_fact(suite.margin, margin), OF_ALL_FACT]
+    facts = [*facts_of(bench, known), margin_fact(suite.margin, losses, suite.tasks), OF_ALL_FACT]
     page = Page(suite.title, suite.note, facts, failed_cells(bench, known), picture)
     documents = [
         _document(row, costs[row.name], plan)

@@ -31,13 +31,17 @@ def num_missing(bench: Bench, known: Contents) -> int:
 
 def records_of(bench: Bench, method: str, known: Contents) -> list[tuple[Cell, Record]]:
     """Results at the method's chosen rate."""
+    found = [(cell, bench.usable(cell, known)) for cell in _chosen_cells(bench, method, known)]
+    return [(cell, record) for cell, record in found if record is not None]
+
+
+def _chosen_cells(bench: Bench, method: str, known: Contents) -> list[Cell]:
+    """Those at the method's chosen rate; none while it can't be chosen."""
     try:
         rate = bench.chosen_rate(method, known)
-        cells = [cell for seed in bench.suite.seeds for cell in bench.cells_at(method, seed, rate, known)]
+        return [cell for seed in bench.suite.seeds for cell in bench.cells_at(method, seed, rate, known)]
     except NotYet:
         return []
-    found = [(cell, bench.usable(cell, known)) for cell in cells]
-    return [(cell, record) for cell, record in found if record is not None]
 
 
 def found_of(bench: Bench, known: Contents) -> dict[str, dict[str, dict[int, Record]]]:
@@ -48,6 +52,17 @@ def found_of(bench: Bench, known: Contents) -> dict[str, dict[str, dict[int, Rec
         for cell, record in records_of(bench, method, known):
             for task in bench.suite.tasks if cell.every is not None else [cell.task]:
                 found[method][task][cell.seed] = record if cell.every is None else record.of_task(task)
+    return found
+
+
+def num_failed(bench: Bench, known: Contents) -> dict[str, int]:
+    """By method, how many cells at its chosen rate failed and have no result; methods without any are left out."""
+    found: dict[str, int] = {}
+    for method in bench.suite.methods:
+        cells = _chosen_cells(bench, method, known)
+        failed = sum(bench.usable(cell, known) is None and bench.failed(cell, known) is not None for cell in cells)
+        if failed:
+            found[method] = failed
     return found
 
 

@@ -7,6 +7,7 @@ works on a store. A worker that fails, or dies, leaves a record of why; the othe
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -154,7 +155,7 @@ class Runner:
     def take(self, worker: Worker) -> None:
         """Writes down what a worker has found, or why it has not."""
         seconds = time.monotonic() - worker.began
-        outcome = outcome_of(worker)
+        outcome = checked(outcome_of(worker))
         line, code = line_of(self.bench, worker.cell, outcome, seconds), self.bench.code_for(worker.cell.settings)
         self.bench.store.append(line, code.name, code.files)
         if outcome["status"] == FAILED:
@@ -163,8 +164,8 @@ class Runner:
             return
         self.num_run += 1
         self.durations.append(seconds)
-        valid, test = (mean_loss(outcome["losses"], split) for split in ("valid", "test"))
-        self.say(f"{worker.cell.name}: valid {valid:.4f}, test {test:.4f}, {clock(seconds)}")
+        # no test loss: grids are extended by what stands here
+        self.say(f"{worker.cell.name}: valid {mean_loss(outcome['losses'], 'valid'):.4f}, {clock(seconds)}")
 
     def num_left(self, known: Contents) -> int:
         """Cells still to run, those included whose rate is not chosen yet."""
@@ -215,12 +216,22 @@ def outcome_of(worker: Worker) -> Mapping[str, Any]:
     """What the worker sent, or that it died."""
     try:
         outcome: Mapping[str, Any] = worker.results.recv()
-    except EOFError:
+    except (EOFError, OSError):  # before it sent anything, and amid it
         worker.process.join()
         code = worker.process.exitcode
         why = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         return {"status": FAILED, "reason": f"the worker died with {why} (out of memory?)"}
     worker.process.join()
+    return outcome
+
+
+def checked(outcome: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The outcome, or a failure where a loss is no finite number: what no table could use, nor JSON hold."""
+    for split, losses in outcome.get("losses", {}).items():
+        bad = sum(not math.isfinite(loss) for loss in losses)
+        if bad:
+            rows = counted(bad, "row")
+            return {"status": FAILED, "reason": f"{split} loss of {rows} of {len(losses)} is no finite number"}
     return outcome
 
 

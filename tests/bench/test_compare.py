@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -19,6 +21,7 @@ from rankwise.bench.compare import (
     sentence,
     verdict,
 )  # fmt: skip
+from rankwise.bench.gaps import gaps
 from rankwise.bench.statistics import Interval
 
 TASKS = ("one", "two")
@@ -133,6 +136,28 @@ def test_sentences_follow_from_the_rows(methods):
     assert "undecided against lora" in rows["noisy"] and "holds 0" in rows["noisy"]
     few = {row.name: sentence(row, plan_for(num_seeds=8)) for row in compare(methods, plan_for(num_seeds=8))}
     assert "(after 6 of 8 seeds)" in few["worse"]
+
+
+@pytest.mark.parametrize("failed", ["worse", "lora"])
+def test_where_a_run_failed_nothing_is_decided(methods, failed):
+    """The seeds that are left are the better ones."""
+    survivors = {
+        split: {task: {seed: losses for seed, losses in seeds.items() if seed} for task, seeds in tasks.items()}
+        for split, tasks in methods[failed].items()
+    }
+    plan = replace(plan_for(), failed={failed: 2})
+    rows = {row.name: row for row in compare({**methods, failed: survivors}, plan)}
+    assert rows["worse"].verdict == UNDECIDED and rows["worse"].p < 0.05
+    found = rows["worse"].difference
+    assert sentence(rows["worse"], plan) == (
+        f"worse is undecided against lora: 2 runs of theirs failed; test loss {found.mean:+.4f} nats "
+        f"[{found.low:+.4f}, {found.high:+.4f}] in what is left."
+    )
+    assert rows["base"].verdict == (UNDECIDED if failed == "lora" else WORSE)
+    assert all(gap.word == UNDECIDED for gap in gaps(methods, replace(plan, failed={"full": 1})))
+    all_failed = {split: {task: {} for task in TASKS} for split in ("train", "valid", "test")}
+    (row,) = (row for row in compare({**methods, failed: all_failed}, plan) if row.name == "worse")
+    assert sentence(row, plan) == "worse is undecided against lora: 2 runs of theirs failed."
 
 
 def test_a_default_is_justified_by_a_better_row_only():

@@ -174,6 +174,23 @@ def test_holm_keeps_the_whole_family_below_its_level():
     assert np.mean(naive) > 0.3
 
 
+@pytest.mark.parametrize("common", [0.0, 0.25])
+def test_a_table_of_equal_methods_seldom_has_a_sure_row(common):
+    """After Holm, eleven rows that share a reference, three seeds; `common`: of the runs' variance, to all tasks."""
+    rng = np.random.default_rng(0)
+
+    def method():
+        alike = rng.normal(0, common**0.5, (3, 1))
+        return [alike + rng.normal(0, (1 - common) ** 0.5, (3, 1)) + rng.normal(0, 0.3, (3, 20)) for _ in range(4)]
+
+    sure = 0
+    for trial in range(TRIALS):
+        reference = method()
+        rows = [[own - other for own, other in zip(method(), reference, strict=True)] for _ in range(11)]
+        sure += min(holm([interval(row, trial, 20, apart=True).p for row in rows])) < 0.05
+    assert sure / TRIALS <= 0.07
+
+
 def test_a_share_is_covered():
     rng = np.random.default_rng(7)
     hits = 0

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import yaml
 
 from rankwise.bench.suite import suite_from
 from rankwise.errors import RequestError
-from tests.bench.suites import METHODS, RATES, SUITE
+from rankwise.recipes.bench import open_bench
+from tests.bench.suites import METHODS, RATES, SUITE, write_suite
+
+TASK = {"model": {"name": "m"}, "data": {"train": "train.jsonl", "valid": "valid.jsonl", "test": "test.jsonl"}}
 
 
 def test_a_suite_is_read():
@@ -58,3 +64,45 @@ def test_what_is_refused(changes, message):
 def test_a_table_of_rates_has_no_answers_and_no_default(setting):
     with pytest.raises(RequestError, match=f"{next(iter(setting))} has no effect in table: rates"):
         suite_from({**RATES, **setting}, ["capitals"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["lora"]}, "methods must be a mapping of names to settings, not ['lora']"),
+        ({"methods": {**METHODS, 8: METHODS["full"]}}, "a method's name must be text, not 8; put it in quotes"),
+        ({"methods": {**METHODS, "x": {"lr": []}}}, "methods.x.lr is an empty list; give a rate, or several"),
+        ({"tasks": ["capitals", "capitals"]}, "tasks: 'capitals' stands there twice; leave one out"),
+        ({"tuning": {"tasks": ["capitals"] * 2}}, "tuning.tasks: 'capitals' stands there twice; leave one out"),
+        ({"answers": {"methods": ["full", "full"], "seed": 1}}, "answers.methods: 'full' stands there twice"),
+        ({"methods": {**METHODS, "lora-r4": METHODS["full"]}, "tuning": {"seed": 1}}, "tuning has no effect: no"),
+        ({"margin": {"base": "full", "to": "full"}}, "margin: from 'full' to 'full' there is no gain; name two"),
+        ({"share_of": {"base": "full", "to": "full"}}, "share_of: from 'full' to 'full' there is no gain; name two"),
+        (
+            {"methods": {**METHODS, "x": {"lr": "lora-r4"}, "y": {"lr": "x"}}},
+            "methods.y.lr: 'x' has the rates of 'lora-r4' itself; name that one",
+        ),
+        ({**RATES, "methods": METHODS}, "methods.base: kind: base has no rate to compare; leave it out of table"),
+        ({**RATES, "tuning": {"seed": 1}}, "tuning has no effect: no method has rates to choose from; leave it out"),
+    ],
+)  # fmt: skip
+def test_what_would_mislead_is_refused(tmp_path, changes, message):
+    document = {} if "table" in changes else SUITE
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"capitals": TASK}))
+    path = write_suite(tmp_path, "wrong", {**document, **changes})
+    with pytest.raises(RequestError, match=re.escape(message)):
+        open_bench(str(path))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({"a": {**TASK, "adapter": {}}}, "tasks.yaml: 'a' must hold a run file's model:, data: and train:, without"),
+        ({"a": {**TASK, "data": {"train": "t", "test": "t"}}}, "tasks.yaml: 'a' has no data.valid, and a bench"),
+        ({"a": {"model": {}}}, "tasks.yaml: 'a' has no data.train"),
+    ],
+)
+def test_tasks_without_what_a_cell_needs_are_refused(tmp_path, tasks, message):
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"capitals": TASK, **tasks}))
+    with pytest.raises(RequestError, match=re.escape(message)):
+        open_bench(str(write_suite(tmp_path, "right", SUITE)))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from rankwise.bench.store import Contents
+from rankwise.bench.store import DONE, FAILED, Contents
 from rankwise.recipes.bench import open_bench
 from rankwise.recipes.bench_report import bench_report
-from rankwise.recipes.bench_results import num_missing
-from rankwise.recipes.bench_run import Runner, instructions, machine
+from rankwise.recipes.bench_results import num_failed, num_missing
+from rankwise.recipes.bench_run import Runner, Worker, checked, instructions, line_of, machine, outcome_of
 from rankwise.say import silent
 from tests.bench.several import write_several
 from tests.bench.suites import write_bench
@@ -76,11 +79,19 @@ def test_facts_and_figures_of_a_report(bench):
     assert 'Margin of "no worse": 2% of the gain from base to lora-r4 on validation rows, 0.0200 nats.' in text
     assert "0.01 (of 0.001, 0.01, at the edge)" in text
     assert "8 cells of this table are in the store, 0 are missing; 12 CPU-minutes of training and measuring." in text
-    assert "All suites of the store together: 8 cells, each counted once; 0.2 CPU-hours." in text
+    assert "All suites of the store together: 8 cells; 0.2 CPU-hours." in text
     assert "The learning rate of methods with a grid is that of the lowest validation loss on seed 0" in text
     assert rows["full"]["overfits"] is None and rows["lora-r4"]["overfits"] == "undecided"
     assert "lora-r4 against full in overfitting: undecided, gap" in text
     assert (result["missing"], result["cpu_s"]) == (0, 8 * CPU_S)
+
+
+def test_machine_time_is_of_all_that_was_computed(bench):
+    fill_all(bench)
+    first = bench.store.read().records[0]
+    bench.store.append({**first.body, "code": "older"}, "older", bench.code.files)
+    text = Path(bench_report(str(bench.folder / "suites" / "tiny.yaml"))["table"]).read_text()
+    assert "All suites of the store together: 8 cells; 0.2 CPU-hours, with 1 that were computed again." in text
 
 
 def test_a_grid_that_is_not_trained_is_missing(bench):
@@ -125,6 +136,39 @@ def test_cells_that_wait_for_the_rate_of_others_are_counted(tmp_path):
     cells -= len(suite.tasks) * (len(suite.seeds) - 1)  # without a head to draw, base's seeds are one
     assert len(bench.plan(known)) + len(bench.unplanned(known)) == cells
     assert all(name.startswith("vector/all/") for name in bench.unplanned(known, ["vector"]))
+
+
+def test_a_loss_that_is_no_number_is_a_failure_with_its_reason():
+    good = {"status": DONE, "losses": {"train": [0.5], "test": [0.1, 0.2]}}
+    assert checked(good) is good
+    bad = {"status": DONE, "losses": {"train": [0.5], "test": [0.1, float("nan"), float("inf")]}}
+    assert checked(bad) == {"status": FAILED, "reason": "test loss of 2 rows of 3 is no finite number"}
+    failed = {"status": FAILED, "reason": "x"}
+    assert checked(failed) is failed
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0\0\1\0half of a message"], ids=["before", "amid"])
+def test_a_worker_that_dies_leaves_a_reason(sent):
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    os.write(theirs.fileno(), sent)
+    theirs.close()
+    killed = SimpleNamespace(join=lambda: None, exitcode=-9)
+    outcome = outcome_of(Worker(None, killed, ours, None))
+    assert outcome == {"status": FAILED, "reason": "the worker died with signal 9 (out of memory?)"}
+
+
+def test_a_cell_that_failed_at_the_chosen_rate_leaves_its_row_undecided(bench):
+    cell = bench.cell("lora-r2", "capitals", 1, 1e-2)
+    for _ in range(2):
+        known = bench.store.read()
+        fill(bench, [one for one in bench.plan(known) if not bench.is_done(one, known) and one.name != cell.name])
+    line = line_of(bench, cell, {"status": FAILED, "reason": "diverged"}, 1.0)
+    bench.store.append(line, bench.code.name, bench.code.files)
+    known = bench.store.read()
+    assert num_failed(bench, known) == {"lora-r2": 1}
+    report = bench_report(str(bench.folder / "suites" / "tiny.yaml"), write=False)
+    (row,) = (row for row in report["rows"] if row["method"] == "lora-r2")
+    assert row["verdict"] == "undecided" and "1 run of theirs failed" in row["sentence"]
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
