@@ -193,8 +193,7 @@ def sentence(row: Row, plan: Plan) -> str:
         return f"{row.name} is what the others are compared with."
     if row.num_failed:
         found = "" if row.difference is None else f"; test loss {size_of(row.difference)} in what is left"
-        runs = counted(row.num_failed, "run")
-        return f"{row.name} is undecided against {plan.reference}: {runs} of theirs failed{found}."
+        return f"{row.name} is undecided against {plan.reference}: {row.num_failed} of their runs failed{found}."
     if row.difference is None:
         return (
             f"{row.name} is undecided: {row.num_shared} of {plan.num_seeds} seeds have been run on every task, for it "

@@ -150,14 +150,14 @@ def test_where_a_run_failed_nothing_is_decided(methods, failed):
     assert rows["worse"].verdict == UNDECIDED and rows["worse"].p < 0.05
     found = rows["worse"].difference
     assert sentence(rows["worse"], plan) == (
-        f"worse is undecided against lora: 2 runs of theirs failed; test loss {found.mean:+.4f} nats "
+        f"worse is undecided against lora: 2 of their runs failed; test loss {found.mean:+.4f} nats "
         f"[{found.low:+.4f}, {found.high:+.4f}] in what is left."
     )
     assert rows["base"].verdict == (UNDECIDED if failed == "lora" else WORSE)
     assert all(gap.word == UNDECIDED for gap in gaps(methods, replace(plan, failed={"full": 1})))
     all_failed = {split: {task: {} for task in TASKS} for split in ("train", "valid", "test")}
     (row,) = (row for row in compare({**methods, failed: all_failed}, plan) if row.name == "worse")
-    assert sentence(row, plan) == "worse is undecided against lora: 2 runs of theirs failed."
+    assert sentence(row, plan) == "worse is undecided against lora: 2 of their runs failed."
 
 
 def test_a_default_is_justified_by_a_better_row_only():

@@ -148,12 +148,12 @@ def test_a_loss_that_is_no_number_is_a_failure_with_its_reason():
 
 
 @pytest.mark.parametrize("sent", [b"", b"\0\0\1\0half of a message"], ids=["before", "amid"])
-def test_a_worker_that_dies_leaves_a_reason(sent):
+def test_a_worker_that_dies_leaves_a_reason(bench, sent):
     ours, theirs = multiprocessing.Pipe(duplex=False)
     os.write(theirs.fileno(), sent)
     theirs.close()
     killed = SimpleNamespace(join=lambda: None, exitcode=-9)
-    outcome = outcome_of(Worker(None, killed, ours, None))
+    outcome = outcome_of(Worker(bench.cell("full", "capitals", 0, 1e-2), killed, ours, None))
     assert outcome == {"status": FAILED, "reason": "the worker died with signal 9 (out of memory?)"}
 
 
@@ -168,7 +168,7 @@ def test_a_cell_that_failed_at_the_chosen_rate_leaves_its_row_undecided(bench):
     assert num_failed(bench, known) == {"lora-r2": 1}
     report = bench_report(str(bench.folder / "suites" / "tiny.yaml"), write=False)
     (row,) = (row for row in report["rows"] if row["method"] == "lora-r2")
-    assert row["verdict"] == "undecided" and "1 run of theirs failed" in row["sentence"]
+    assert row["verdict"] == "undecided" and "1 of their runs failed" in row["sentence"]
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
