@@ -137,7 +137,9 @@ def changes(methods: Mapping[str, Losses], plan: Plan) -> list[Change]:
     tested = [index for index, one in enumerate(found) if one.difference is not None]
     raw = [_interval(found[index]).p for index in tested]
     for index, p in zip(tested, holm(raw), strict=True):
-        found[index] = replace(found[index], p=p, word=_word(_interval(found[index]), p, plan.margin))
+        one = found[index]
+        word = UNDECIDED if plan.failed.get(one.name) else _word(_interval(one), p, plan.margin)
+        found[index] = replace(one, p=p, word=word)
     return found
 
 

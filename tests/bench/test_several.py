@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -119,6 +121,8 @@ def test_forgetting():
     assert said["keeps"].startswith("keeps forgets no more than the margin of 0.0200: test loss ")
     assert said["noisy"].startswith("noisy is undecided in what it forgets")
     assert "2 seeds are needed" in said["late"]
+    after = {one.name: one.word for one in changes(made, replace(PLAN, failed={"forgets": 1}))}
+    assert after == {**words, "forgets": UNDECIDED}, "of a method with a failed run the better runs are left"
 
 
 def test_no_change_is_seldom_called_one():

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from rankwise.bench.store import DONE, FAILED, Contents
+from rankwise.bench.suite import Margin
 from rankwise.recipes.bench import open_bench
+from rankwise.recipes.bench_facts import margin_fact
 from rankwise.recipes.bench_report import bench_report
 from rankwise.recipes.bench_results import num_failed, num_missing
 from rankwise.recipes.bench_run import Runner, Worker, checked, instructions, line_of, machine, outcome_of
@@ -84,6 +86,14 @@ def test_facts_and_figures_of_a_report(bench):
     assert rows["full"]["overfits"] is None and rows["lora-r4"]["overfits"] == "undecided"
     assert "lora-r4 against full in overfitting: undecided, gap" in text
     assert (result["missing"], result["cpu_s"]) == (0, 8 * CPU_S)
+
+
+def test_without_a_gain_there_is_no_margin():
+    one = {"valid": {"t": {0: [1.0, 2.0], 1: [1.0, 2.0]}}, "test": {"t": {0: [1.0, 2.0], 1: [1.0, 2.0]}}}
+    none = margin_fact(Margin("a", "b"), {"a": one, "b": one}, ["t"])
+    assert none.endswith('validation rows, which is none: "no worse" is never said.')
+    later = margin_fact(Margin("a", "b"), {"a": one, "b": {}}, ["t"])
+    assert later.endswith("not known before two seeds of both have been run.")
 
 
 def test_machine_time_is_of_all_that_was_computed(bench):
