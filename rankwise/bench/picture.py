@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rankwise.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,23 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     return best
 
 
+def place_names(points: Sequence[Point], axes: Axes) -> list[Annotation]:
+    """Names beside the points of a laid out figure: above, or else at the next height where no earlier name stands."""
+    labels: list[Annotation] = []
+    for point in points:
+        place = (point.parameters, point.loss)
+        for height in (5, -12, 16, -23, 27, -34):
+            label = axes.annotate(point.name, place, xytext=(5, height), textcoords="offset points", fontsize=8)
+            extent = label.get_window_extent()
+            if not any(extent.overlaps(earlier.get_window_extent()) for earlier in labels):
+                break
+            label.remove()
+        else:
+            label = axes.annotate(point.name, place, xytext=(5, 5), textcoords="offset points", fontsize=8)
+        labels.append(label)
+    return labels
+
+
 def draw(points: Sequence[Point], title: str, path: Path) -> None:
     """Writes a PNG. Methods without trainable parameters are a line across."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,13 +68,13 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
         )  # fmt: skip
         best = frontier(trained)
         axes.step([p.parameters for p in best], [p.loss for p in best], where="post", alpha=0.6, label="frontier")
-    for point in trained:
-        axes.annotate(point.name, (point.parameters, point.loss), xytext=(5, 5), textcoords="offset points", fontsize=8)
     axes.set(
         xscale="log" if trained else "linear", xlabel="trainable parameters", ylabel="test loss, nats", title=title
     )
     axes.grid(alpha=0.3)
     axes.legend()
     canvas = FigureCanvasAgg(figure)
+    figure.draw_without_rendering()  # lays it out: places in pixels are known then
+    place_names(trained, axes)
     with replacing(path) as temporary:
         canvas.print_figure(temporary, dpi=120, format="png", metadata={"Software": None})

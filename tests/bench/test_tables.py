@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from rankwise.bench.markdown import Page, rates_page
-from rankwise.bench.picture import Point, draw, frontier
+from rankwise.bench.picture import Point, draw, frontier, place_names
 from rankwise.bench.rates import RateRow, independence_sentence, likely, rate_row, rate_sentences, ratio_sentence
 from rankwise.bench.statistics import Interval
 
@@ -118,3 +120,17 @@ def test_a_picture_is_drawn(points, tmp_path):
     first = (tmp_path / "t.png").read_bytes()
     draw(points, "T", tmp_path / "t.png")
     assert first.startswith(b"\x89PNG") and (tmp_path / "t.png").read_bytes() == first
+
+
+def test_names_of_near_points_do_not_overlap():
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xscale="log", xlim=(1e5, 1e8), ylim=(1.5, 2.8))
+    points = [Point("lora-r8", 2_440_000, 1.707), Point("dora-r8", 2_600_000, 1.705), Point("full", 50_000_000, 1.6)]
+    near = [Point(f"at-{i}", 2_440_000, 2.0) for i in range(5)]
+    canvas.draw()
+    names = place_names([*points, *near], axes)
+    canvas.draw()
+    boxes = [name.get_window_extent() for name in names]
+    assert [name.get_text() for name in names] == [point.name for point in [*points, *near]]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
