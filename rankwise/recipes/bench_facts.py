@@ -25,8 +25,8 @@ def facts_of(bench: Bench, known: Contents) -> list[str]:
     facts = [
         f"Tasks: {', '.join(suite.tasks)}, each counting the same. Seeds: {len(suite.seeds)}, the same for every "
         "method: start, order of rows, new heads.",
-        f"{counted(len(used), 'cell')} of this table are in the store, {num_missing(bench, known):,} are missing; "
-        f"{minutes:.0f} CPU-minutes of training and measuring.",
+        f"{counted(len(used), 'cell')} of this table are in the store, {num_missing(bench, known):,} are missing"
+        f"{_failed_of(bench, known)}; {minutes:.0f} CPU-minutes of training and measuring.",
         f"All suites of the store together: {counted(len({record.cell for record in store}), 'cell')}; "
         f"{sum(record.figures['cpu_s'] for record in store) / 3600:.1f} CPU-hours{_again(store)}.",
     ]
@@ -96,6 +96,13 @@ def margin_fact(gain: Margin | None, losses: Mapping[str, Losses], tasks: Sequen
         size = f'which is none: "{NO_WORSE}" is never said'
     rule = f"{gain.share:.0%} of the gain from {gain.base} to {gain.to} on validation rows"
     return f'Margin of "{NO_WORSE}": {rule}, {size}.'
+
+
+def _failed_of(bench: Bench, known: Contents) -> str:
+    """How many of the missing ones have been tried."""
+    missing = [cell.name for cell in bench.plan(known) if bench.usable(cell, known) is None]
+    failed = len(failed_cells(bench, known).keys() & missing)
+    return f" ({failed:,} of them failed, see below)" if failed else ""
 
 
 def failed_cells(bench: Bench, known: Contents) -> dict[str, str]:
