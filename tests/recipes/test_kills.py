@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rankwise.files import sha256_file
-from tests.recipes.killed import finish, kill, moments
+from tests.recipes.killed import finish, inside_save, kill, moments
 from tests.recipes.runs import metrics, settings, unmeasured
 
 STEPS = 8
@@ -36,15 +37,21 @@ def traces(output: Path) -> dict[str, Any]:
     }
 
 
-def check_kills(files: Path, folder: Path, count: int, seed: int) -> Counter[str]:
-    """Kills `count` runs, every third of them twice, and resumes each; what they were in the middle of."""
+def check_kills(files: Path, folder: Path, count: int, seed: int, saves: int = 0) -> Counter[str]:
+    """Kills `count` runs, every third of them twice, and resumes each; what they were in the middle of.
+
+    Where saves are quick, few of these kills hit one: more runs follow, killed where a save begins, until `saves` have.
+    """
     first_s = finish(run_of(files, folder / "straight"))
     run_s = min(first_s, finish(run_of(files, folder / "again")))  # the first also imports
     straight = traces(folder / "straight")
     assert traces(folder / "again") == straight
     draw = random.Random(seed)
     found: Counter[str] = Counter()
-    for number, wait in enumerate(moments(draw, count, run_s, STEPS)):
+    further = (inside_save(draw.randint(1, STEPS), 0.0) for _ in range(4 * saves))
+    for number, wait in enumerate(chain(moments(draw, count, run_s, STEPS), further)):
+        if number >= count and found["a save"] >= saves:
+            break
         run = run_of(files, folder / f"run-{number}")
         found[kill(run, wait) or "nothing: it was over"] += 1
         if number % 3 == 2:
@@ -62,6 +69,6 @@ def test_five_kills(files: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_fifty_kills(files: Path, tmp_path: Path) -> None:
-    found = check_kills(files, tmp_path, 50, seed=1)
+    found = check_kills(files, tmp_path, 50, seed=1, saves=10)
     print(f"\nkilled in the middle of: {dict(found)}")
     assert found.total() - found["nothing: it was over"] >= 50 and found["a save"] >= 10
